@@ -109,6 +109,7 @@ def measure(rank: int, flags: list[str], size: int, threads: int, store: str, re
 
 def run_one(flags: list[str], size: int, threads: int) -> list[Figures]:
     """All processes of one run, by rank."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin on a busy machine take ten times as long
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         results = context.Queue()
