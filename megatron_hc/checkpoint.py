@@ -26,6 +26,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -34,11 +35,12 @@ from torch import Tensor
 
 from megatron_hc.checkpoint_folder import check_save_folder, find, latest_iteration, problem, read_manifest
 from megatron_hc.checkpoint_ranks import all_ranks, dtype_of, gather, key_of, stored_of
-from megatron_hc.checkpoint_save import Saver, Staged, save, stage, write
+from megatron_hc.checkpoint_save import Saver, Staged, save, save_one_by_one, stage, write
 from megatron_hc.mesh import Mesh
 from megatron_hc.stored import Stored
 
 __all__ = [
+    "Reader",
     "Saver",
     "Staged",
     "check",
@@ -48,8 +50,10 @@ __all__ = [
     "load",
     "load_tensor_shapes",
     "read_arguments",
+    "read_origins",
     "read_state",
     "save",
+    "save_one_by_one",
     "stage",
     "write",
 ]
@@ -112,6 +116,42 @@ def load_tensor_shapes(path: str | Path) -> dict[str, tuple[tuple[int, ...], tor
     return {name: (tuple(entry["shape"]), dtype_of(entry["dtype"])) for name, entry in index.items()}
 
 
+class Reader:
+    """A checkpoint of any layout, from which whole tensors are read one at a time; its files stay open in the context.
+
+    Raises ``ValueError`` for a folder that is no whole checkpoint.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        reason = problem(self.folder)
+        if reason is not None:
+            raise ValueError(f"{self.folder} is not a whole checkpoint: {reason}")
+        self._index = read_manifest(self.folder)["tensors"]
+        self._opened: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self.shapes = {name: (tuple(entry["shape"]), dtype_of(entry["dtype"])) for name, entry in self._index.items()}
+        """Name -> (whole shape, dtype)."""
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> Tensor:
+        entry, (shape, dtype) = self._index[name], self.shapes[name]
+        for file, _, _ in entry["chunks"]:
+            if file not in self._opened:
+                self._opened[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        whole = torch.empty(shape, dtype=dtype)
+        _fill(name, (0,) * len(shape), whole, entry, self._opened)
+        return whole
+
+
 def read_state(path: str | Path) -> dict[str, Any]:
     """The ``state`` that was given to `save`."""
     return _read_json(Path(path) / "state.json")
@@ -119,7 +159,12 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 def read_arguments(path: str | Path) -> dict[str, Any]:
     """Argument name -> value of the run that saved; ``arguments.json`` also has each value's origin."""
-    return {name: entry["value"] for name, entry in _read_json(Path(path) / "arguments.json").items()}
+    return {name: entry["value"] for name, entry in read_origins(path).items()}
+
+
+def read_origins(path: str | Path) -> dict[str, Any]:
+    """The ``arguments`` that were given to `save`: name -> {"value": ..., "origin": ...}."""
+    return _read_json(Path(path) / "arguments.json")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

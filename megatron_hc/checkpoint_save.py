@@ -8,11 +8,12 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,7 +40,7 @@ from megatron_hc.stored import Stored
 class Staged:
     """What this rank will write: the first half of a save. CPU tensors are shared, not copied, unless asked for."""
 
-    files: dict[str, dict[str, Tensor]]
+    files: Mapping[str, dict[str, Tensor]]
     """This rank's slices on the CPU: file name -> tensor name -> slice."""
     index: dict[str, dict[str, Any]]
     """Every tensor of every rank: name -> dtype, whole shape, chunks [[file, offset, shape], ...]."""
@@ -162,6 +163,54 @@ def write(staged: Staged, folder: Path) -> dict[str, int]:
         flush(folder / file)
         sizes[file] = (folder / file).stat().st_size
     return sizes
+
+
+class _ReadLater(Mapping[str, dict[str, Tensor]]):
+    """Files whose tensors are read when they are asked for, and not kept."""
+
+    def __init__(self, names: dict[str, list[str]], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = names, read
+
+    def __getitem__(self, file: str) -> dict[str, Tensor]:
+        return {name: self._read(name).contiguous() for name in self._names[file]}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def save_one_by_one(
+    root: str | Path,
+    iteration: int,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str], Tensor],
+    state: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    *,
+    file_bytes: int = 1 << 30,
+) -> Path:
+    """``save`` in one process of tensors that are made in their turn: ``read(name)``, as ``shapes`` (and dtypes) says.
+
+    Only the tensors of one or two files are in memory at a time: about ``file_bytes`` each, or one larger tensor.
+    """
+    names: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    index: dict[str, dict[str, Any]] = {}
+    for name, (shape, dtype) in sorted(shapes.items()):
+        group, size = re.sub(r"[^\w-]", "_", name.split(".")[0]), math.prod(shape) * dtype.itemsize
+        file = f"{group}_{numbers.setdefault(group, 0):05d}.safetensors"
+        if file in sizes and sizes[file] + size > file_bytes:
+            numbers[group] += 1
+            file = f"{group}_{numbers[group]:05d}.safetensors"
+        sizes[file] = sizes.get(file, 0) + size
+        names.setdefault(file, []).append(name)
+        chunk = [file, [0] * len(shape), list(shape)]
+        index[name] = {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "chunks": [chunk]}
+    staged = Staged(_ReadLater(names, read), index, sum(sizes.values()))
+    return _finish(Path(root), iteration, staged, _texts(state, arguments), Mesh(), None)
 
 
 class Saver:

@@ -16,6 +16,7 @@ from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
 from megatron_hc.parallel.plan import build_model, cast_parameters, compute_dtype, placements
 from megatron_hc.state import model_tensors
+from megatron_hc.stored import Stored
 
 
 class Loaded(NamedTuple):
@@ -37,18 +38,23 @@ def load_model(
     """
     folder = checkpoint.find(root, step)
     config = single_process(from_flat(checkpoint.read_arguments(folder)))
-    data = config.data
-    tokenizer = tokenizer_of(data, tokenizer_model)
+    tokenizer = tokenizer_of(config.data, tokenizer_model)
+    model, tensors = empty_model(config, tokenizer.vocab_size, device)
+    checkpoint.load(folder, tensors)
+    model.requires_grad_(False)
+    return Loaded(model.eval(), tokenizer, config, folder)
+
+
+def empty_model(config: TrainConfig, vocab_size: int, device: str) -> tuple[GPT, dict[str, Stored]]:
+    """A model for one process whose weights are not yet there, and what a checkpoint fills of it, by name."""
     mesh = Mesh(device=device)
-    model = build_model(config, tokenizer.vocab_size, mesh)
+    model = build_model(config, vocab_size, mesh)
     placed = placements(model, mesh)
     model.to_empty(device=device)
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)  # padding rows of the vocabulary are not stored
     cast_parameters(model, compute_dtype(config))
-    checkpoint.load(folder, model_tensors(model, placed))
-    model.requires_grad_(False)
-    return Loaded(model.eval(), tokenizer, config, folder)
+    return model, model_tensors(model, placed)
 
 
 def single_process(config: TrainConfig) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from safetensors import safe_open
 from test_checkpoint_layouts import AFTER, BEFORE, same_but_layout, train_and_save
 
 from megatron_hc import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import average_checkpoints  # noqa: E402  (scripts, not part of the package)
+import prune_experts  # noqa: E402
 
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
@@ -94,3 +99,17 @@ def test_upcycling_keeps_the_function(pool: Pool, tmp_path: Path, target: str, s
     # A checkpoint that has experts goes on, with the same flags.
     losses_of(pool, target, experts, 1, "--load", str(tmp_path / "experts"), *upcycled)
     assert checkpoint.read_state(checkpoint.find(tmp_path / "experts"))["iteration"] == 2
+
+
+def test_pruned_and_averaged_experts_load_at_any_layout(pool: Pool, tmp_path: Path) -> None:
+    """Made from what several processes saved, resumed by one and by several."""
+    for steps in (2, 3):
+        losses_of(pool, "ep2-tp2-etp2", MOE, steps, "--save", str(tmp_path / "saved"))
+    sources = [str(tmp_path / "saved" / f"iter_000000{steps}") for steps in (2, 3)]
+    prune = [sources[1], "--before", sources[0], "--keep", "2", "--output", str(tmp_path / "pruned")]
+    assert prune_experts.main(prune) == average_checkpoints.main([*sources, "--output", str(tmp_path / "mean")]) == 0
+    fewer = MOE.replace("--num-experts 4", "--num-experts 2")
+    for model, made, flags in ((fewer, "pruned", ()), (MOE, "mean", ("--finetune",))):
+        load = ("--load", str(tmp_path / made), *flags, "--save", str(tmp_path / f"again-{made}"))
+        found = [losses_of(pool, layout, model, 2, *load) for layout in ("1", "ep2-tp2-etp2", "ep2-pp2")]
+        np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-10)

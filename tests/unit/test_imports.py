@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stored": set(),
     "state": {"mesh", "model", "parallel", "stored"},
     "connections": {"model", "residual"},
-    "inference": {"checkpoint", "cli", "config", "data", "mesh", "model", "parallel", "state"},
+    "inference": {"checkpoint", "cli", "config", "data", "mesh", "model", "parallel", "state", "stored"},
+    "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
 }
 """Part of the package -> parts it may import, besides itself. ``train`` may import all."""
 
