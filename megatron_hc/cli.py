@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, VALUE, NotNeeded
+from megatron_hc.cli_help import help_text
+from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, REPLACED, VALUE, NotNeeded
 from megatron_hc.cli_options import (
     CHECKPOINT,
     COMMAND_LINE,
@@ -30,7 +31,6 @@ from megatron_hc.cli_options import (
     describe,
     dump,
     from_flat,
-    help_text,
     nearest,
     options,
     show,
@@ -136,6 +136,8 @@ def _read_flag(found: _Found, spelled: str, words: list[str]) -> None:
         _read_alias(found, name, spelled, words)
     elif name in NOT_NEEDED:
         _read_not_needed(found, name, spelled, words)
+    elif name in REPLACED:
+        found.errors.append(f"{spelled} is not offered: {REPLACED[name]}")
     else:
         near = nearest(name.lstrip("-").replace("-", "_"), _known_names(), flag)
         found.errors.append(f"{spelled} is not a flag{near}")
@@ -240,6 +242,8 @@ def _read_key(found: _Found, file: str, group: tuple[str, ...], key: str, value:
         found.errors.append(f"{key} ({where}): {show(value)} is not offered: {NOT_NEEDED[name].why}")
     elif name in NOT_NEEDED:
         found.not_needed[f"{key} ({where})"] = NOT_NEEDED[name].why
+    elif name in REPLACED:
+        found.errors.append(f"{key} ({where}): is not offered: {REPLACED[name]}")
     else:
         found.errors.append(f"{key} ({where}): is not a setting{nearest(name, [*_known_names(), *groups])}")
 

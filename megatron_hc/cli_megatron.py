@@ -16,6 +16,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "use_rotary_position_embeddings": {"position_embedding_type": "rope"},
     "encoder_seq_length": {"seq_length": VALUE},
     "layernorm_epsilon": {"norm_epsilon": VALUE},
+    "use_torch_fsdp2": {"data_parallel_sharding_strategy": "optim_grads_params"},
     "use_distributed_optimizer": {"data_parallel_sharding_strategy": "optim"},
     "recompute_activations": {"recompute_granularity": "selective"},
     "wandb_name": {"wandb_exp_name": VALUE},
@@ -37,6 +38,19 @@ class NotNeeded:
     """The values that it is not needed with; any other one is refused. Empty: any value."""
 
 
+REPLACED: dict[str, str] = {
+    "fp16": "use --bf16, which needs no loss scaling",
+    "vocab_file": "put it into a folder as vocab.json beside merges.txt and give --tokenizer-type HuggingFaceTokenizer "
+    "--tokenizer-model FOLDER",
+    "merge_file": "put it into a folder as merges.txt beside vocab.json and give --tokenizer-type HuggingFaceTokenizer "
+    "--tokenizer-model FOLDER",
+    "checkpoint_activations": "use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "distribute_saved_activations": "use --sequence-parallel, which keeps a part of the streams on each process",
+    "openai_gelu": "GELU is exact here, which differs by 1e-3 at most",
+    "decoder_seq_length": "there is no encoder: use --seq-length",
+}
+"""Flag that is not offered -> what to do instead."""
+
 _KERNEL = "only picks a kernel"
 _FUSION = "fused kernels are picked by themselves"
 _SCHEDULE = "only picks when communication runs"
@@ -54,6 +68,7 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "use_mcore_models": NotNeeded(_ALWAYS),
     "use_legacy_models": NotNeeded("there is one model here"),
     "apply_query_key_layer_scaling": NotNeeded("a guard for fp16, which is not offered"),
+    "no_query_key_layer_scaling": NotNeeded(_ALWAYS),
     "no_persist_layer_norm": NotNeeded(_KERNEL),
     "no_masked_softmax_fusion": NotNeeded(_FUSION),
     "no_bias_gelu_fusion": NotNeeded(_FUSION),
@@ -90,6 +105,7 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "ddp_average_in_collective": NotNeeded("only picks where the mean is taken"),
     "use_ring_exchange_p2p": NotNeeded(_SCHEDULE),
     "no_overlap_p2p_communication": NotNeeded(_SCHEDULE),
+    "context_parallel_size": NotNeeded("context parallelism is not offered", 1, ("1",)),
     "lazy_mpu_init": NotNeeded("there is no global state to set up", 1),
     "use_cpu_initialization": NotNeeded("weights are the same wherever they are drawn"),
     "no_initialization": NotNeeded("weights are always drawn"),

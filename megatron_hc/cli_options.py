@@ -1,14 +1,11 @@
-"""The fields of ``TrainConfig`` as options: their types, values from text and back, listing and help. No torch."""
+"""The fields of ``TrainConfig`` as options: their types, values from text and back, and listing. No torch."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import math
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any, Literal, Union
 
-from megatron_hc.config import DataConfig, TrainConfig, flag, leaf_fields
+from megatron_hc.config import DataConfig, TrainConfig, leaf_fields
 
 DEFAULT, CHECKPOINT, COMMAND_LINE = "default", "checkpoint", "command line"
 
@@ -196,59 +193,3 @@ def describe(config: TrainConfig, origins: Mapping[str, str]) -> str:
         origin = f"  [{origins[name]}]" if origins[name] != DEFAULT else ""
         lines.append(f"  {name + ' ':.<44} {value}{origin}")
     return "\n".join([*lines, f"{' end of arguments ':-^72}"])
-
-
-def help_text(prog: str) -> str:
-    """The text of --help: all flags by group, with type, default and the field's docstring."""
-    lines = [f"usage: {prog} --flag value ... [--yaml-cfg FILE ...]", ""]
-    lines += ["  --yaml-cfg FILE", "      Settings in YAML, below the command line; later files win."]
-    docs = {group: _field_docs(group) for group in {type(owner) for owner in _owners()}}
-    for owner in _owners():
-        lines += ["", f"{(type(owner).__doc__ or '').strip()}"]
-        for item in dataclasses.fields(owner):
-            option = options().get(item.name)
-            if option is None:
-                continue
-            text = docs[type(owner)][item.name]
-            if option.required:
-                text += " Required."
-            elif option.kind is not bool and option.default not in (None, ()):
-                text += f" [{option.default}]"
-            elif option.kind is bool and option.default:
-                text += " [on]"
-            lines.append(f"  {_spelling(option)}")
-            lines += textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def _spelling(option: Option) -> str:
-    if option.kind is bool:
-        return f"{flag(option.name)}, {flag('no_' + option.name)}"
-    value = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.__name__.upper()
-    return f"{flag(option.name)} {value}{' ...' if option.many else ''}"
-
-
-def _owners() -> list[Any]:
-    """One default instance of every dataclass that holds flags, in order of declaration."""
-    found: list[Any] = []
-
-    def visit(owner: Any) -> None:
-        found.append(owner)
-        for item in dataclasses.fields(owner):
-            if dataclasses.is_dataclass(inner := getattr(owner, item.name)):
-                visit(inner)
-
-    visit(TrainConfig())
-    return [owner for owner in found if any(item.name in options() for item in dataclasses.fields(owner))]
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    """Field name -> the string under it in the source of ``cls``."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs: dict[str, str] = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                docs[statement.target.id] = " ".join(str(following.value.value).split())
-    return docs

@@ -44,7 +44,7 @@ class DataConfig:
     ) = None
     """Kind of the tokenizer the data was written with."""
     tokenizer_model: str | None = None
-    """File of the tokenizer; for a HuggingFaceTokenizer also a local folder with tokenizer.json."""
+    """File of the tokenizer, or (HuggingFaceTokenizer) a folder with tokenizer.json, or vocab.json and merges.txt."""
     vocab_size: int | None = None
     """Tokens of a NullTokenizer, end-of-document not counted, or of a TikTokenizer's .json, all counted."""
     tiktoken_pattern: Literal["v1", "v2", "gpt2", "cl100k", "o200k"] | None = None

@@ -49,7 +49,7 @@ def _import(package: str, kind: str) -> Any:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, or a folder that holds one. No beginning-of-text token is added.
+    """A tokenizer.json, or a folder that holds one, or GPT-2's vocab.json and merges.txt. No id is put before a text.
 
     End-of-document is the ``eos_token`` of the tokenizer_config.json beside it, else a special token with a usual name
     (``END_OF_DOCUMENT``), else one id added at the end. ``is_fast`` says whether tiktoken does the work.
@@ -59,8 +59,9 @@ class HuggingFaceTokenizer:
         tokenizers = _import("tokenizers", type(self).__name__)
         path = Path(model)
         path = path / "tokenizer.json" if path.is_dir() else path
+        is_gpt2 = not path.exists() and path.with_name("merges.txt").exists()
         try:
-            description = json.loads(path.read_text(encoding="utf-8"))
+            description = _gpt2_files(path.parent) if is_gpt2 else json.loads(path.read_text(encoding="utf-8"))
             assert isinstance(description, dict)
             # Set by the program that saved the file, for its own batches.
             description |= {"truncation": None, "padding": None}
@@ -113,6 +114,23 @@ class HuggingFaceTokenizer:
 
     def detokenize(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eod and i < self._size])
+
+
+def _gpt2_files(folder: Path) -> dict[str, Any]:
+    """The tokenizer.json of a vocab.json and a merges.txt: the files of Megatron-LM's GPT2BPETokenizer."""
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    special = [{"id": vocab[name], "content": name, "special": True} for name in ("<|endoftext|>",) if name in vocab]
+    switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [token | switches for token in special],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
 
 
 def _special_names(path: Path) -> dict[str, str]:

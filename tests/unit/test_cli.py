@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hc import checkpoint_folder, cli, cli_options
-from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, VALUE
+from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, REPLACED, VALUE
 from megatron_hc.config import TrainConfig, flag, leaf_fields
 
 REQUIRED = (
@@ -97,6 +97,7 @@ def test_the_last_flag_wins() -> None:
         ("--no-load-optimizer", "--no-load-optimizer is not a flag (did you mean --no-load-optim?)"),
         ("--no-lr", "--no-lr is not a flag"),
         ("-x", "-x is not a flag"),
+        ("--fp16", "--fp16 is not offered: use --bf16"),
         ("--optimizer sgd", "--optimizer sgd is not offered: AdamW is the only optimizer"),
         ("--optimizer", "--optimizer takes 1 value, not 0"),
         ("--use-flash-attn yes", "--use-flash-attn takes no value, not 1"),
@@ -141,8 +142,8 @@ def test_a_refused_value_stays_on_the_cleaned_command_line() -> None:
 
 def test_tables_name_no_field_twice_and_only_real_fields() -> None:
     names = set(cli_options.options())
-    assert not names & (ALIASES.keys() | NOT_NEEDED.keys())
-    assert not ALIASES.keys() & NOT_NEEDED.keys()
+    assert not names & (ALIASES.keys() | NOT_NEEDED.keys() | REPLACED.keys())
+    assert len(ALIASES.keys() | NOT_NEEDED.keys() | REPLACED.keys()) == len(ALIASES) + len(NOT_NEEDED) + len(REPLACED)
     for targets in ALIASES.values():
         for target, fixed in targets.items():
             option = cli_options.options()[target]
@@ -222,6 +223,7 @@ def test_yaml_flat_and_nested_with_dashes_or_underscores(tmp_path: Path) -> None
         ("min-lr: 1\nmin_lr: 2", "min_lr (yaml FILE): is given twice"),
         ("optimiser: {}", "optimiser (yaml FILE): is not a setting (did you mean optimizer?)"),
         ("transformer-impl: local", "transformer-impl (yaml FILE) is not needed here: only picks a kernel"),
+        ("fp16: true", "fp16 (yaml FILE): is not offered: use --bf16"),
         ("dataloader_type: cyclic", "dataloader_type (yaml FILE): 'cyclic' is not offered"),
         ("- 1", "--yaml-cfg FILE: must hold 'name: value' lines, not [1]"),
         ("a: [", "--yaml-cfg FILE: is not YAML ("),

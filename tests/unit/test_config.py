@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import pytest
 
 from megatron_hc import cli
 from megatron_hc.config import ModelConfig, TrainConfig, leaf_fields
 
+TOOL = Path(__file__).parents[2] / "tools" / "write_configuration.py"
 GOOD = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1e-3 --micro-batch-size 2 "
     "--train-iters 10 --mock-data --tokenizer-type ByteTokenizer"
@@ -256,3 +259,11 @@ def test_derived_sizes() -> None:
 def test_no_two_groups_share_a_name() -> None:
     names = [path[-1] for path, _ in leaf_fields(TrainConfig)]
     assert len(names) == len(set(names))
+
+
+def test_the_page_of_all_flags_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("write_configuration", TOOL)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.OUTPUT.read_text(encoding="utf-8") == tool.page(), "run python tools/write_configuration.py"

@@ -17,7 +17,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline_layout": set(),
     "cli_megatron": set(),
     "cli_options": {"config"},
-    "cli": {"config", "cli_options", "cli_megatron", "checkpoint_folder"},
+    "cli_help": {"config", "cli_options"},
+    "cli": {"config", "cli_help", "cli_options", "cli_megatron", "checkpoint_folder"},
     "mesh": {"config", "launch", "pipeline_layout"},
     "log": {"config", "log_sinks"},
     "log_sinks": {"config"},
@@ -58,7 +59,8 @@ ONLY = {
 ALWAYS_THERE = {"torch", "numpy", "packaging", "yaml", "safetensors", "sentencepiece", "tqdm"}
 """The libraries that setup.py installs without an extra."""
 
-TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_options", "cli_megatron", "launch")
+TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
+TORCH_FREE += ("launch",)
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

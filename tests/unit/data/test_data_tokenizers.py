@@ -158,6 +158,19 @@ def test_end_of_document(tmp_path: Path) -> None:
     assert (added.eod, added.vocab_size) == (600, 601)
 
 
+def test_files_of_gpt2(tmp_path: Path) -> None:
+    """vocab.json and merges.txt, as Megatron-LM's GPT2BPETokenizer takes them, are the same tokenizer."""
+    whole = trained(tmp_path / "one.json", special=("<|endoftext|>",))
+    (tmp_path / "gpt2").mkdir()
+    tokenizers.Tokenizer.from_file(str(whole)).model.save(str(tmp_path / "gpt2"))
+    got, expected = HuggingFaceTokenizer(str(tmp_path / "gpt2")), HuggingFaceTokenizer(str(whole))
+    assert got.is_fast and expected.is_fast
+    assert (got.eod, got.vocab_size) == (expected.eod, expected.vocab_size)
+    text = "#version of it: 'tis 3 o'clock\n\n  <|endoftext|> naïve 你好"
+    assert got.tokenize(text) == expected.tokenize(text)
+    assert got.detokenize(got.tokenize(text)) == text
+
+
 def test_what_a_program_saved_for_its_batches_does_not_count(gpt2_like: Path, tmp_path: Path) -> None:
     description = json.loads(gpt2_like.read_text())
     description["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
