@@ -46,7 +46,8 @@ class DataConfig:
     tokenizer_model: str | None = None
     """File of the tokenizer, or (HuggingFaceTokenizer) a folder with tokenizer.json, or vocab.json and merges.txt."""
     vocab_size: int | None = None
-    """Tokens of a NullTokenizer, end-of-document not counted, or of a TikTokenizer's .json, all counted."""
+    """Tokens of a NullTokenizer, end-of-document not counted, or of a TikTokenizer's .json, all counted; rows of the
+    embedding with a SentencePieceTokenizer or HuggingFaceTokenizer that has fewer tokens."""
     tiktoken_pattern: Literal["v1", "v2", "gpt2", "cl100k", "o200k"] | None = None
     """How a TikTokenizer cuts text into words (default: v2 for a .json, cl100k for a .tiktoken)."""
     tiktoken_num_special_tokens: int = 1000

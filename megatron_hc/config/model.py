@@ -63,12 +63,16 @@ class ModelConfig:
     """Gated SiLU in the MLP (the default is GELU)."""
     squared_relu: bool = False
     """Squared ReLU in the MLP."""
+    openai_gelu: bool = False
+    """GELU by its tanh formula, as GPT-2 has it (the default is exact)."""
     disable_bias_linear: bool = False
     """No bias in linear layers."""
     add_qkv_bias: bool = False
     """Bias in the QKV projection even with --disable-bias-linear."""
     qk_layernorm: bool = False
     """Norm of queries and keys per head."""
+    qk_layernorm_across_heads: bool = False
+    """With --qk-layernorm: one norm over all heads together instead (OLMo 2, OLMoE)."""
     untie_embeddings_and_output_weights: bool = False
     """Output weights of their own instead of the embedding's."""
     make_vocab_size_divisible_by: int = 128
@@ -183,6 +187,10 @@ class ModelConfig:
             f"--max-position-embeddings ({self.max_positions}) must be at least --seq-length ({self.seq_length})",
         )
         require(not (self.swiglu and self.squared_relu), "--swiglu and --squared-relu exclude each other")
+        require(
+            not (self.openai_gelu and (self.swiglu or self.squared_relu)),
+            "--openai-gelu is about GELU: it does not go with --swiglu or --squared-relu",
+        )
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1), not {getattr(self, name)}")
         if self.position_embedding_type == "rope":
@@ -258,6 +266,10 @@ class ModelConfig:
         require(
             placement not in HEAD_NORM_PLACEMENTS or not self.qk_layernorm,
             f"--qk-layernorm does not go with {chosen}, which norms queries and keys itself: leave it out",
+        )
+        require(
+            self.qk_layernorm or not self.qk_layernorm_across_heads,
+            "--qk-layernorm-across-heads needs --qk-layernorm",
         )
         require(
             not self.normformer_residual_scale or (placement == "normformer" and method == "plain"),

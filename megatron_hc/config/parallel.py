@@ -245,6 +245,11 @@ class ParallelConfig:
             kv_heads % tp == 0 or tp % kv_heads == 0,
             f"{name} ({tp}) must divide --num-query-groups ({kv_heads}) or be a multiple of it",
         )
+        require(
+            not model.qk_layernorm_across_heads or kv_heads % tp == 0,
+            f"{name} ({tp}) must divide --num-query-groups ({kv_heads}) with --qk-layernorm-across-heads, whose norm "
+            "of the keys needs each key on one rank",
+        )
         require(model.ffn_size % tp == 0, f"{name} ({tp}) must divide --ffn-hidden-size ({model.ffn_size})")
         require(
             not self.sequence_parallel or model.seq_length % tp == 0,

@@ -173,6 +173,18 @@ def _null(options: _Options) -> Tokenizer:
     return NullTokenizer(options.vocab_size)
 
 
+def _widened(tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, options: _Options) -> Tokenizer:
+    """With as many ids as --vocab-size says: models from elsewhere have rows that no token uses."""
+    if options.vocab_size is not None:
+        if options.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"--vocab-size ({options.vocab_size}) is less than the {tokenizer.vocab_size} tokens of "
+                f"--tokenizer-model {options.tokenizer_model}"
+            )
+        tokenizer.vocab_size = options.vocab_size
+    return tokenizer
+
+
 def _tiktoken(options: _Options) -> Tokenizer:
     return TikTokenizer(
         _model(options),
@@ -184,9 +196,9 @@ def _tiktoken(options: _Options) -> Tokenizer:
 
 
 TOKENIZERS: dict[str, Callable[[_Options], Tokenizer]] = {
-    "SentencePieceTokenizer": lambda options: SentencePieceTokenizer(_model(options)),
-    "HuggingFaceTokenizer": lambda options: HuggingFaceTokenizer(
-        _model(options), parse_special_tokens=options.parse_special_tokens
+    "SentencePieceTokenizer": lambda options: _widened(SentencePieceTokenizer(_model(options)), options),
+    "HuggingFaceTokenizer": lambda options: _widened(
+        HuggingFaceTokenizer(_model(options), parse_special_tokens=options.parse_special_tokens), options
     ),
     "TikTokenizer": _tiktoken,
     "ByteTokenizer": lambda options: ByteTokenizer(),

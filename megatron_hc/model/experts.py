@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.norm import promote
 from megatron_hc.model.linear import Parts, initial_std
+from megatron_hc.model.mlp import activated, activation_name
 from megatron_hc.residual import Draw
 
 
@@ -192,7 +193,7 @@ class Experts(nn.Module):
         """Whether this process, of those that share an expert, adds the second bias."""
         self.linear_fc1 = ExpertMatrix("fc1", config)
         self.linear_fc2 = ExpertMatrix("fc2", config)
-        self.activation = "swiglu" if config.swiglu else "squared_relu" if config.squared_relu else "gelu"
+        self.activation = activation_name(config)
         self.use_grouped_mm = config.moe.moe_grouped_gemm
 
     def forward(self, x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
@@ -216,4 +217,4 @@ class Experts(nn.Module):
         if self.activation == "swiglu":
             gate, up = h.unflatten(-1, (-1, 2)).unbind(-1)
             return F.silu(gate) * up
-        return F.relu(h).square() if self.activation == "squared_relu" else F.gelu(h)
+        return activated(h, self.activation)

@@ -10,6 +10,20 @@ from megatron_hc.model.linear import Linear, build_linear
 from megatron_hc.model.placement import output_norm, placement_of
 
 
+def activation_name(config: ModelConfig) -> str:
+    """The activation of MLPs and experts, by --swiglu, --squared-relu and --openai-gelu."""
+    if config.swiglu:
+        return "swiglu"
+    return "squared_relu" if config.squared_relu else "gelu_tanh" if config.openai_gelu else "gelu"
+
+
+def activated(h: Tensor, name: str) -> Tensor:
+    """An activation that looks at single numbers."""
+    if name == "squared_relu":
+        return F.relu(h).square()
+    return F.gelu(h, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
 class MLP(nn.Module):
     """linear_fc1 -> activation -> (norm) -> linear_fc2 -> (norm) -> dropout; the norms by ``--norm-placement``.
 
@@ -23,7 +37,7 @@ class MLP(nn.Module):
         self.inner_norm = output_norm(config, placement.mlp_inner, config.ffn_size)
         self.linear_fc2: Linear = build_linear("fc2", config, layer)
         self.output_norm = output_norm(config, placement.mlp_output)
-        self.activation = "swiglu" if config.swiglu else "squared_relu" if config.squared_relu else "gelu"
+        self.activation = activation_name(config)
         self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,8 +46,6 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             gate, up = h.unflatten(-1, (-1, 2)).unbind(-1)
             h = F.silu(gate) * up
-        elif self.activation == "squared_relu":
-            h = F.relu(h).square()
         else:
-            h = F.gelu(h)
+            h = activated(h, self.activation)
         return self.dropout(self.output_norm(self.linear_fc2(self.inner_norm(h))))

@@ -101,7 +101,23 @@ def head_norms(config: ModelConfig, placement: NormPlacement) -> tuple[nn.Module
         return UnitVectors(config.num_attention_heads), UnitVectors(), nn.Identity()
     if placement.heads == "qkv":
         return norm(), norm(), norm()
-    return (norm(), norm(), nn.Identity()) if config.qk_layernorm else (nn.Identity(), nn.Identity(), nn.Identity())
+    if not config.qk_layernorm:
+        return nn.Identity(), nn.Identity(), nn.Identity()
+    if config.qk_layernorm_across_heads:
+        q, k = (NormAcrossHeads(config, heads) for heads in (config.num_attention_heads, config.num_kv_heads))
+        return q, k, nn.Identity()
+    return norm(), norm(), nn.Identity()
+
+
+class NormAcrossHeads(nn.Module):
+    """One norm over all heads of [S, B, heads, H] together (OLMo 2, 2501.00656)."""
+
+    def __init__(self, config: ModelConfig, num_heads: int) -> None:
+        super().__init__()
+        self.across_heads = NormLayer(config, num_heads * config.head_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.across_heads(x.flatten(-2)).view_as(x)
 
 
 class UnitVectors(nn.Module):

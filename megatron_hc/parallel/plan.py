@@ -67,6 +67,7 @@ PLAN: tuple[Entry, ...] = (
     # Inside attention every rank has its own heads, whatever the sequence: what they share gets a part of its gradient.
     Entry("layers.*.attention.q_layernorm.log_scale", "rows"),
     Entry("layers.*.attention.head_scale.*", "rows"),
+    Entry("layers.*.attention.[qk]_layernorm.across_heads.*", "rows", becomes=WidthParallelNorm),
     Entry("layers.*.attention.[qkv]_layernorm.*", "whole", "always"),
     Entry("layers.*.attention.value_residual.*", "whole", "always"),
     # Norms and residuals stand outside the parallel regions: each rank sees its part of the sequence, or all of it.

@@ -101,3 +101,14 @@ def test_a_table_that_is_cut_is_the_whole_one(runs: Runs) -> None:
     for layout, world_size in ((TP2, 2), (TP4, 4)):
         # 5 tokens for 4 ranks of 8 rows: three ranks have padding only.
         runs.check(Cell("--vocab-size 4 --make-vocab-size-divisible-by 8", layout, world_size=world_size, num_steps=2))
+
+
+@pytest.mark.parametrize("axes", ["tp2", "tp4-sp"])
+@pytest.mark.parametrize("norms", ["--norm-placement reordered", "--normalization LayerNorm --openai-gelu"])
+def test_norms_across_heads(runs: Runs, axes: str, norms: str) -> None:
+    """OLMo 2's norm of queries and keys looks at the heads of all ranks."""
+    world_size, layout = AXES[axes]
+    shape = SHAPES["llama"] if "gelu" not in norms else SHAPES["gpt"]
+    heads = "--group-query-attention --num-query-groups 2" if axes == "tp2" else ""
+    model = f"{shape} {norms} {heads} --qk-layernorm --qk-layernorm-across-heads"
+    runs.check(Cell(model, layout, world_size=world_size, num_steps=3))

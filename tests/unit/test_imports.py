@@ -39,6 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "connections": {"model", "residual"},
     "inference": {"checkpoint", "cli", "config", "data", "mesh", "model", "parallel", "state", "stored"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
+    "convert": {
+        "checkpoint", "checkpoint_folder", "checkpoint_ranks", "cli_options", "config", "data", "inference", "mesh",
+        "model", "residual",
+    },  # fmt: skip
 }
 """Part of the package -> parts it may import, besides itself. ``train`` may import all."""
 

@@ -1,0 +1,88 @@
+"""Tokenizer files: which argument they give, and copies of them that transformers 4 and 5 and other tools read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_hc.config import DataConfig
+from megatron_hc.convert.shards import read_json
+from megatron_hc.data import Tokenizer, tokenizer_of
+
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def arguments_of_folder(folder: Path) -> dict[str, Any]:
+    """Arguments for the tokenizer that lies in a Hugging Face folder; none where there is none."""
+    if (folder / "tokenizer.json").is_file():
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder.absolute())}
+    if (folder / "tokenizer.model").is_file():
+        file = str((folder / "tokenizer.model").absolute())
+        return {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": file}
+    return {}
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy tokenizer files from one folder to another that exists, and mend what older tools cannot read."""
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    mend(target)
+
+
+def mend(folder: Path) -> None:
+    """transformers 5 names a class that transformers 4 and others do not know; the class before reads the same file."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    config = read_json(file)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for name in ("backend", "is_local"):
+            config.pop(name, None)
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def export_tokenizer(data: DataConfig, vocab_size: int, target: Path) -> dict[str, Any]:
+    """Write a run's tokenizer into a Hugging Face folder; returns what config.json says of it."""
+    tokenizer = _tokenizer(data)
+    if tokenizer is None:
+        return {}
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"--tokenizer-model {data.tokenizer_model} has {tokenizer.vocab_size} tokens and the model {vocab_size} "
+            "rows: give the tokenizer that the model was trained with"
+        )
+    path = Path(data.tokenizer_model or "")
+    if data.tokenizer_type == "HuggingFaceTokenizer":
+        copy_files(path if path.is_dir() else path.parent, target)
+        if not path.is_dir() and path.name != "tokenizer.json":
+            shutil.copyfile(path, target / "tokenizer.json")
+        if not (target / "tokenizer_config.json").exists():
+            _write_config(tokenizer, target)
+    elif data.tokenizer_type == "SentencePieceTokenizer":
+        shutil.copyfile(path, target / "tokenizer.model")
+    return {"eos_token_id": tokenizer.eod} if tokenizer.eod < vocab_size else {}
+
+
+def _write_config(tokenizer: Tokenizer, target: Path) -> None:
+    """The least that makes AutoTokenizer read a bare tokenizer.json, and the end of a document where it has a name."""
+    added = read_json(target / "tokenizer.json").get("added_tokens") or []
+    named = {item["id"]: item["content"] for item in added if isinstance(item, dict)}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if tokenizer.eod in named:
+        config["eos_token"] = named[tokenizer.eod]
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def _tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The run's tokenizer, where it has files that still are where they were."""
+    if data.tokenizer_type not in ("HuggingFaceTokenizer", "SentencePieceTokenizer"):
+        return None
+    return tokenizer_of(data)

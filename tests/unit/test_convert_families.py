@@ -1,0 +1,109 @@
+"""transformers -> ours -> the same logits -> transformers -> the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from convert_models import FAMILIES, random_model, saved, tensors_of, tokens
+from helpers import assert_same_bits
+from safetensors.torch import save_file
+
+from megatron_hc.convert import hf
+from megatron_hc.inference import load_model
+
+pytest.importorskip("transformers")
+
+QUIET = hf.Options(say=lambda text: None)
+SHARDED = hf.Options(say=lambda text: None, max_shard_bytes=20_000)
+
+
+def our_logits(folder: Path) -> torch.Tensor:
+    model = load_model(str(folder)).model
+    with torch.no_grad():
+        return model.output.logits(model(tokens())).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = saved(name, tmp_path / "hf", max_shard_size="30KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "ours"), seq_length=None, options=SHARDED)
+    with torch.no_grad():
+        expected = theirs(tokens()).logits
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(our_logits(tmp_path / "ours"), expected, rtol=0, atol=1e-5)
+    hf.export_hf(str(tmp_path / "ours"), str(tmp_path / "back"), step=None, family=None, options=SHARDED)
+    assert_same_bits(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert type(again) is type(theirs) and not any(info[kind] for kind in info), info
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens()).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe-some-dense"])
+def test_experts_in_one_tensor(name: str, tmp_path: Path) -> None:
+    """What transformers 5 writes with save_original_format=False."""
+    theirs = saved(name, tmp_path / "hf", save_original_format=False)
+    assert any(key.endswith("experts.gate_up_proj") for key in tensors_of(tmp_path / "hf"))
+    hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "ours"), seq_length=None, options=QUIET)
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(tmp_path / "ours"), theirs(tokens()).logits, rtol=0, atol=1e-5)
+
+
+def test_rope_scaling_is_seen(tmp_path: Path) -> None:
+    """The tolerance above is below what the scaling changes."""
+    saved("llama3", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["rope_parameters"]["rope_type"] = "default"
+    hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "scaled"), seq_length=None, options=QUIET)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "plain"), seq_length=None, options=QUIET)
+    difference = our_logits(tmp_path / "scaled") - our_logits(tmp_path / "plain")
+    assert difference.abs().max() > 1e-3
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    """bfloat16 stays what it is, there and back; --dtype casts."""
+    model = random_model("qwen2").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "ours"), seq_length=32, options=QUIET)
+    loaded = load_model(str(tmp_path / "ours"))
+    assert loaded.config.training.bf16 and loaded.config.model.seq_length == 32
+    assert loaded.model.embedding.weight.dtype == torch.bfloat16
+    hf.export_hf(str(tmp_path / "ours"), str(tmp_path / "back"), step=None, family=None, options=QUIET)
+    original = tensors_of(tmp_path / "hf")
+    assert_same_bits(tensors_of(tmp_path / "back"), original)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    wide = hf.Options(say=lambda text: None, dtype=torch.float32)
+    hf.export_hf(str(tmp_path / "ours"), str(tmp_path / "wide"), step=None, family=None, options=wide)
+    assert_same_bits(tensors_of(tmp_path / "wide"), {name: t.float() for name, t in original.items()})
+
+
+def test_old_names_of_gpt2(tmp_path: Path) -> None:
+    """The hub's gpt2: no prefix, and masks among the tensors."""
+    theirs = saved("gpt2", tmp_path / "hf")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tmp_path / "hf").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 96, 96)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "ours"), seq_length=None, options=QUIET)
+    with torch.no_grad():
+        torch.testing.assert_close(our_logits(tmp_path / "ours"), theirs(tokens()).logits, rtol=0, atol=1e-5)
+
+
+def test_a_copy_of_tied_embeddings(tmp_path: Path) -> None:
+    """An output layer in the file that is the embedding is the embedding; another one is refused."""
+    saved("qwen2", tmp_path / "hf")
+    tensors = tensors_of(tmp_path / "hf")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "ours"), seq_length=None, options=QUIET)
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ValueError, match="tie_word_embeddings, but lm_head.weight differs"):
+        hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "other"), seq_length=None, options=QUIET)
+    assert not (tmp_path / "other" / "iter_0000000").exists()

@@ -1,0 +1,109 @@
+"""tools/convert_checkpoint.py as it is called; training on from its output; runs of ours as models of transformers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from convert_models import saved, tensors_of
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "tools"), str(Path(__file__).parents[1] / "train")]
+
+import convert_checkpoint  # noqa: E402
+import generate  # noqa: E402
+from train_runs import command, losses, tiny  # noqa: E402
+
+pytest.importorskip("transformers")
+TO_OURS, TO_HF = ["--from", "hf", "--to", "megatron-hc"], ["--from", "megatron-hc", "--to", "hf"]
+
+
+def tool(*argv: object) -> int:
+    try:
+        return convert_checkpoint.main([str(word) for word in argv])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from megatron_hc.data import ByteTokenizer, IndexedDatasetWriter
+
+    prefix = str(tmp_path_factory.mktemp("text") / "text")
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for paragraph in (Path(__file__).parents[2] / "LICENSE").read_text().split("\n\n"):
+            writer.add_document([*ByteTokenizer().tokenize(paragraph), 256])
+    return prefix
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A byte-level tokenizer of ``size`` tokens, as transformers 5 writes it."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from tokenizers.decoders import ByteLevel
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 1]
+    built = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), ByteLevel()
+    built.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    built.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
+
+
+def test_import_train_generate_export(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer tokens than rows; trained on with the arguments of the checkpoint; back, with a tokenizer for all."""
+    saved("qwen3", tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", 120)
+    assert tool(*TO_OURS, "--load", tmp_path / "hf", "--save", tmp_path / "a", "--check-logits") == 0
+    said = capsys.readouterr().out
+    assert "random tokens: largest difference" in said and "text: largest difference" in said
+    run = f"""--load {tmp_path / "a"} --save {tmp_path / "b"} --use-checkpoint-args --finetune --seq-length 32
+    --micro-batch-size 2 --train-iters 2 --lr 1e-3 --mock-data --eval-iters 0 --num-workers 0 --device cpu"""
+    assert command(run.split()) == 0
+    assert generate.main(f"--load {tmp_path / 'b'} --prompt ab --max-new-tokens 3".split()) == 0
+    capsys.readouterr()
+    assert tool(*TO_HF, "--load", tmp_path / "b", "--save", tmp_path / "out", "--check-logits") == 0
+    assert "family qwen3" in capsys.readouterr().out
+    from transformers import AutoTokenizer
+
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("!ab")["input_ids"]) == "!ab"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id == 119
+    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys() and not any(before[name].equal(after[name]) for name in before)
+
+
+FLAGS = {
+    "llama": "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights",
+    "qwen2": "--add-qkv-bias",
+    "olmo2": "--norm-placement reordered --qk-layernorm --qk-layernorm-across-heads",
+    "qwen3_moe": "--qk-layernorm --num-experts 4 --moe-ffn-hidden-size 16 --moe-layer-freq [0,1]",
+}
+
+
+@pytest.mark.parametrize("family", FLAGS)
+def test_a_run_of_ours_as_a_family(family: str, tmp_path: Path, text: str) -> None:
+    """A few steps, then the same loss on the same text in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_hc.data import IndexedDataset
+    from megatron_hc.inference import load_model
+
+    extra = f"{FLAGS[family]} --train-iters 3 --save {tmp_path / 'run'} --norm-epsilon 1e-6".split()
+    assert command(tiny(text, tmp_path, *extra)) == 0
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    assert tool(*TO_HF, "--load", tmp_path / "run", "--save", tmp_path / "out") == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.config.model_type == family
+    ours = load_model(str(tmp_path / "run")).model
+    words = torch.tensor(IndexedDataset(text)[20][:32].astype(int))[None]
+    with torch.no_grad():
+        expected = float(theirs(words, labels=words).loss)
+        got = ours.output.token_losses(ours(words[:, :-1]), words[:, 1:])
+    assert abs(float(got.mean()) - expected) < 1e-5

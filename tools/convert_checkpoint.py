@@ -1,0 +1,83 @@
+"""Convert checkpoints between Hugging Face, Megatron-LM and megatron_hc, on the CPU, tensor by tensor.
+
+::
+
+    python tools/convert_checkpoint.py --from hf --to megatron-hc --load Qwen2.5-0.5B --save runs/qwen --check-logits
+    python tools/convert_checkpoint.py --from megatron-hc --to hf --load runs/qwen --save export
+    python tools/convert_checkpoint.py --from megatron --to megatron-hc --load iter_0001000 --save runs/a --allow-pickle
+
+Train on from what --to megatron-hc wrote: --load runs/qwen --use-checkpoint-args --finetune. See docs/conversion.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_hc.cli import exit_on_user_error
+
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--from", dest="source", required=True, choices=("hf", "megatron-hc", "megatron"), help="what --load holds")
+    add("--to", dest="target", required=True, choices=("hf", "megatron-hc"), help="what is written to --save")
+    add("--load", required=True, help="folder to read")
+    add("--save", required=True, help="folder to write")
+    add("--ckpt-step", type=int, help="iteration of a megatron-hc or megatron checkpoint (default: the last)")
+    add("--family", help="to hf: custom, or a model_type such as llama (default: the first that can hold the model)")
+    add("--dtype", choices=DTYPES, default="keep", help="of what is written (default: as it is)")
+    add("--max-shard-size", type=float, default=5.0, help="gigabytes of one file at most (default: 5)")
+    add("--seq-length", type=int, help="to megatron-hc: tokens of a sample (default: the positions, at most 4096)")
+    add("--tokenizer-model", help="the tokenizer's file or folder, if it is not with the weights or has moved")
+    add("--vocab-size", type=int, help="from megatron: tokens without padding (default: as its arguments say)")
+    add("--allow-pickle", action="store_true", help="from megatron: unpickle its metadata, which can run any code")
+    add("--check-logits", action="store_true", help="compare both models on tokens (both in memory, in fp32)")
+    return parser.parse_args(argv)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_hc.convert import hf, logits
+    from megatron_hc.convert.checkpoints import Folder
+
+    if arguments.max_shard_size <= 0:
+        raise ValueError(f"--max-shard-size must be positive, not {arguments.max_shard_size:g}")
+    options = hf.Options(
+        dtype=None if arguments.dtype == "keep" else getattr(torch, arguments.dtype),
+        max_shard_bytes=int(arguments.max_shard_size * 1e9),
+        tokenizer_model=arguments.tokenizer_model,
+    )
+    if (arguments.source, arguments.target) == ("hf", "megatron-hc"):
+        folder = hf.import_hf(arguments.load, arguments.save, seq_length=arguments.seq_length, options=options)
+        if arguments.check_logits:
+            logits.check_logits(arguments.load, *logits.root_of(folder), print)
+    elif (arguments.source, arguments.target) == ("megatron-hc", "hf"):
+        hf.export_hf(arguments.load, arguments.save, step=arguments.ckpt_step, family=arguments.family, options=options)
+        if arguments.check_logits:
+            ours = logits.root_of(Folder(arguments.load, arguments.ckpt_step).path)
+            logits.check_logits(arguments.save, *ours, print)
+    elif (arguments.source, arguments.target) == ("megatron", "megatron-hc"):
+        raise ValueError("--from megatron is not there yet")
+    else:
+        raise ValueError(
+            f"--from {arguments.source} --to {arguments.target} is not offered: from hf or megatron to megatron-hc, or "
+            "from megatron-hc to hf"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0, 2 for what the user can mend."""
+    arguments = parse_arguments(argv)
+    with exit_on_user_error("convert_checkpoint.py"):
+        convert(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
