@@ -46,7 +46,6 @@ REPLACED: dict[str, str] = {
     "--tokenizer-model FOLDER",
     "checkpoint_activations": "use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "distribute_saved_activations": "use --sequence-parallel, which keeps a part of the streams on each process",
-    "openai_gelu": "GELU is exact here, which differs by 1e-3 at most",
     "decoder_seq_length": "there is no encoder: use --seq-length",
 }
 """Flag that is not offered -> what to do instead."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import Any
 
 import torch
 
+from megatron_hc import checkpoint
 from megatron_hc.cli_options import dump, from_flat, options
 from megatron_hc.config import DataConfig, ModelConfig, TrainConfig
 from megatron_hc.convert import tokenizers
-from megatron_hc.convert.checkpoints import Folder, FolderWriter, new_folder, take_place
+from megatron_hc.convert.checkpoints import FILE_BYTES, Folder, new_folder
+from megatron_hc.convert.custom import write_code
 from megatron_hc.convert.families import arguments_of, config_of, family_of, model_type_of, reasons_against
 from megatron_hc.convert.names import NAMES, Names
 from megatron_hc.convert.pieces import Piece, all_pieces
@@ -49,19 +50,19 @@ def import_hf(load: str, save: str, *, seq_length: int | None, options: Options)
     config = training_config(arguments, vocab_size, seq_length, source, options.tokenizer_model)
     weights = ShardedFolder(source)
     pieces = chosen_pieces(weights, config.model, vocab_size, names)
-    specs = {piece.ours: _spec_of_ours(piece, weights, config.model, vocab_size, options.dtype) for piece in pieces}
-    pieces.sort(key=lambda piece: -specs[piece.ours].dtype.itemsize)
+    specs = {f"model.{piece.ours}": _spec_of_ours(piece, weights, options.dtype) for piece in pieces}
     is_bf16 = all(spec.dtype == torch.bfloat16 for spec in specs.values())
     config = replace(config, training=replace(config.training, bf16=is_bf16))
-    groups = [{f"model.{piece.ours}": specs[piece.ours]} for piece in pieces]
-    writer = FolderWriter(save, 0, groups, options.max_shard_bytes)
-    try:
-        for piece in pieces:
-            writer.write(f"model.{piece.ours}", piece.join([weights.read(name) for name, _ in piece.theirs]))
-        folder = writer.finish(dump(config, origins_of(config)), fresh_state())
-    except BaseException:
-        writer.abandon()
-        raise
+    by_name = {f"model.{piece.ours}": piece for piece in pieces}
+
+    def read(name: str) -> Tensor:
+        piece = by_name[name]
+        return piece.join([weights.read(theirs) for theirs, _ in piece.theirs]).to(specs[name].dtype)
+
+    folder = checkpoint.save_one_by_one(
+        *(save, 0, specs, read, fresh_state(), dump(config, origins_of(config))),
+        file_bytes=min(FILE_BYTES, options.max_shard_bytes),
+    )
     options.say(f"{len(pieces)} tensors of {source} in {folder}")
     return folder
 
@@ -170,9 +171,7 @@ def check_complete(model: ModelConfig, vocab_size: int, ours: set[str]) -> None:
     assert ours == wanted, f"the table of names leaves {sorted(ours ^ wanted)}"
 
 
-def _spec_of_ours(
-    piece: Piece, weights: ShardedFolder, model: ModelConfig, vocab_size: int, dtype: torch.dtype | None
-) -> Spec:
+def _spec_of_ours(piece: Piece, weights: ShardedFolder, dtype: torch.dtype | None) -> Spec:
     dtypes = [weights.specs[name].dtype for name, _ in piece.theirs]
     if not all(found.is_floating_point for found in dtypes):
         raise ValueError(f"{piece.theirs[0][0]} is of dtype {dtypes[0]}: quantized checkpoints are not read")
@@ -194,11 +193,8 @@ def export_hf(load: str, save: str, *, step: int | None, family: str | None, opt
     shapes = model_shapes(model, vocab_size)
     _check_ours(source, shapes)
     target = Path(save)
-    partial = new_folder(target)
-    try:
+    with new_folder(target) as partial:
         if chosen is None:
-            from megatron_hc.convert.custom import write_code
-
             pieces = [_as_it_is(name, shape) for name, shape in shapes.items()]
         else:
             pieces = list(all_pieces(model, vocab_size, NAMES[chosen]))
@@ -211,10 +207,6 @@ def export_hf(load: str, save: str, *, step: int | None, family: str | None, opt
             hf_config = config_of(chosen, model, vocab_size, dtype)
         text = json.dumps(hf_config | extra, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        take_place(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     code = "modelling code of its own (load it with trust_remote_code=True)" if chosen is None else f"family {chosen}"
     options.say(f"{len(pieces)} tensors of {source.path} in {target}: {code}")
     return target

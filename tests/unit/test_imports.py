@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {"checkpoint", "cli", "config", "data", "mesh", "model", "parallel", "state", "stored"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {
-        "checkpoint", "checkpoint_folder", "checkpoint_ranks", "cli_options", "config", "data", "inference", "mesh",
+        "checkpoint", "checkpoint_folder", "cli_options", "config", "data", "inference", "mesh",
         "model", "residual",
     },  # fmt: skip
 }
