@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_hc import checkpoint
 from megatron_hc.cli_options import dump, from_flat, options
