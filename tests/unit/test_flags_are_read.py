@@ -17,7 +17,11 @@ from megatron_hc.cli_options import options
 from megatron_hc.config import TrainConfig, leaf_fields
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "megatron_hc").rglob("*.py"))}
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in sorted((ROOT / "megatron_hc").rglob("*.py"))
+    if "convert" not in path.parts  # which writes flags down for others, and makes them do nothing here
+}
 
 
 def owners() -> dict[str, type]:
