@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in sorted((ROOT / "megatron_hc").rglob("*.py"))
-    if "convert" not in path.relative_to(ROOT).parts  # which writes flags down for others, and makes them do nothing here
+    if "convert" not in path.relative_to(ROOT).parts  # which only writes flags down for others
 }
 
 
