@@ -1,23 +1,28 @@
-"""Routers and a branch of experts against megatron-core 0.16.1 on one rank, where its numbers are right.
+"""Routers and a branch of experts against megatron-core 0.16.1 where its numbers are right: one rank, and ep 2.
 
-Its scores are in fp32 (1e-5 here); with expert tensor parallelism other than tensor parallelism its gradients are not
-to be trusted, so that one rank is what is compared.
+Its scores are in fp32 (1e-5 here). Not compared: expert tensor parallelism other than tensor parallelism, where its
+gradients are not to be trusted; ``global_aux_loss`` on several ranks, which it divides by their number twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import build, randomise, small_config
+from helpers import TRAINING, VOCAB, small_config
 from pool import Pool
 
-from megatron_hc.config import ModelConfig, MoEConfig
+from megatron_hc.config import ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+from megatron_hc.mesh import Mesh, mesh_of
 from megatron_hc.model.moe import MoE
+from megatron_hc.parallel.expert import DISPATCHERS
+from megatron_hc.parallel.plan import build_model, compute_dtype, materialize, placements
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs megatron-core")
 
@@ -67,7 +72,32 @@ def in_their_names(arrays: Arrays, num_experts: int) -> Arrays:
     return found
 
 
-def their_layer(config: ModelConfig) -> Any:
+def on_a_cpu() -> None:
+    """What megatron-core asks of torch.cuda, and of gloo, answered on a CPU."""
+
+    class Stream:
+        def wait_stream(self, stream: Stream) -> None: ...
+        def synchronize(self) -> None: ...
+        def record_event(self) -> Stream:
+            return self
+
+    exchange, stream = dist.all_to_all_single, Stream()
+
+    def with_numbers(output: Any, input: Any, received: Any = None, sent: Any = None, **options: Any) -> Any:
+        sizes = options.pop("output_split_sizes", received), options.pop("input_split_sizes", sent)
+        numbers = (size.tolist() if isinstance(size, torch.Tensor) else size for size in sizes)
+        return exchange(output, input, *numbers, **options)
+
+    if torch.cuda.current_device.__name__ == "<lambda>":
+        return
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    dist.all_to_all_single = with_numbers  # type: ignore[assignment]
+
+
+def their_layer(config: ModelConfig, expert_ranks: int = 1, dispatcher: str = "allgather") -> Any:
     """megatron-core's branch. Changes torch.cuda of this process: to be called in a rank of a pool."""
     import torch._dynamo
     from megatron.core import parallel_state
@@ -78,11 +108,11 @@ def their_layer(config: ModelConfig) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     torch._dynamo.config.disable = True
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    on_a_cpu()
     moe_utils.te_general_gemm = None  # undefined without transformer-engine
     moe_utils.clear_aux_losses_tracker()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_ranks)
         initialize_rng_tracker(inference_rng_tracker=True)
     moe = config.moe
     kinds, coefficients = list(moe.moe_router_load_balancing_type), list(moe.moe_aux_loss_coeff)
@@ -100,7 +130,8 @@ def their_layer(config: ModelConfig) -> Any:
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         num_moe_experts=moe.num_experts,
-        moe_token_dispatcher_type="allgather",
+        moe_token_dispatcher_type=dispatcher,
+        expert_model_parallel_size=expert_ranks,
         moe_router_dtype="fp64",
         moe_router_load_balancing_type=kinds[0] if len(kinds) == 1 else kinds,
         moe_aux_loss_coeff=coefficients[0] if len(kinds) == 1 else coefficients,
@@ -120,31 +151,86 @@ def their_layer(config: ModelConfig) -> Any:
     return layer
 
 
-def their_numbers(
-    config: ModelConfig, weights: Arrays, bias: np.ndarray | None, x: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, Arrays, dict[str, float]]:
-    """Output, gradients of x and of the parameters, logged losses."""
+class Numbers(NamedTuple):
+    """What one rank gets of a branch from its tokens; parameters by megatron-core's names."""
+
+    output: np.ndarray
+    inputs: np.ndarray
+    """Gradient of the inputs."""
+    gradients: Arrays
+    """Of this rank's parameters, not yet summed over ranks."""
+    losses: dict[str, float]
+
+
+def our_branch(config: ModelConfig, expert_ranks: int, dispatcher: Any) -> MoE:
+    layout = ParallelConfig(expert_model_parallel_size=expert_ranks, moe_token_dispatcher_type=dispatcher)
+    run = TrainConfig(model=config, training=TRAINING["fp64"], parallel=layout)
+    mesh = mesh_of(dist.get_rank(), expert_ranks, run, "cpu") if expert_ranks > 1 else Mesh()
+    model = build_model(run, VOCAB, mesh)
+    materialize(model, placements(model, mesh), 1, mesh, compute_dtype(run))
+    branch = model.stage_layers()[1].mlp
+    assert isinstance(branch, MoE)
+    if branch.router.expert_bias is not None:
+        branch.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, branch.num_experts, dtype=torch.float64))
+    return branch.train()
+
+
+def numbers_of(branch: MoE) -> tuple[Arrays, Arrays]:
+    """(parameters, gradients) by megatron-core's names."""
+    parameters = {name: p.detach().numpy() for name, p in branch.named_parameters()}
+    gradients = {name: p.grad.numpy() for name, p in branch.named_parameters() if p.grad is not None}
+    found = [in_their_names(arrays, branch.experts.num_experts) for arrays in (parameters, gradients)]
+    return found[0], found[1]
+
+
+def both(config: ModelConfig, expert_ranks: int, dispatcher: str) -> tuple[Numbers, Numbers]:
+    """In a rank: (ours, theirs)."""
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-    layer = their_layer(config)
+    generator = torch.Generator().manual_seed(4 + dist.get_rank())
+    x = torch.randn(12, 2, 16, generator=generator, dtype=torch.float64)
+    branch, inputs = our_branch(config, expert_ranks, dispatcher), x.clone().requires_grad_()
+    output = branch(inputs)
+    (output * weighting(output)).sum().backward()
+    weights, gradients = numbers_of(branch)
+    losses = {name: value.item() for name, value in branch.router.step.losses.items()}
+    ours = Numbers(output.detach().numpy(), inputs.grad.numpy(), gradients, losses)  # type: ignore[union-attr]
+
+    layer, inputs = their_layer(config, expert_ranks, dispatcher), x.clone().requires_grad_()
     own = dict(layer.named_parameters())
     assert own.keys() == weights.keys(), own.keys() ^ weights.keys()
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(torch.from_numpy(weights[name]))
-        if bias is not None:
-            layer.router.expert_bias.copy_(torch.from_numpy(bias))
-    inputs = torch.from_numpy(x).requires_grad_()
+        if branch.router.expert_bias is not None:
+            layer.router.expert_bias.copy_(branch.router.expert_bias)
     output, _ = layer.train()(inputs)
     (output * weighting(output)).sum().backward()
-    logged = {name: float(entry["values"][0]) for name, entry in get_moe_layer_wise_logging_tracker().items()}
-    assert inputs.grad is not None
-    return output.detach().numpy(), inputs.grad.numpy(), {name: p.grad.numpy() for name, p in own.items()}, logged
+    losses = {name: float(entry["values"][0]) for name, entry in get_moe_layer_wise_logging_tracker().items()}
+    gradients = {name: p.grad.numpy() for name, p in own.items()}
+    return ours, Numbers(output.detach().numpy(), inputs.grad.numpy(), gradients, losses)  # type: ignore[union-attr]
 
 
 def weighting(output: torch.Tensor) -> torch.Tensor:
     """A loss that is not the same for all outputs."""
     return torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
+
+
+def assert_alike(ours: Numbers, theirs: Numbers) -> None:
+    for found, wanted in ((ours.output, theirs.output), (ours.inputs, theirs.inputs)):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * abs(wanted).max())
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    for name, gradient in ours.gradients.items():
+        size = np.linalg.norm(theirs.gradients[name])
+        error = np.linalg.norm(gradient - theirs.gradients[name]) / max(size, 1e-12)
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+    assert ours.losses.keys() == {name for name, value in theirs.losses.items() if value}
+    for name, value in ours.losses.items():
+        assert abs(value - theirs.losses[name]) <= 1e-5 * theirs.losses[name], name
+
+
+def config_of(form: str, **changes: Any) -> ModelConfig:
+    return small_config(moe=MoEConfig(num_experts=8, **FORMS[form] | changes), ffn_hidden_size=12)
 
 
 @pytest.fixture(scope="module")
@@ -154,30 +240,28 @@ def rank() -> Any:
     ranks.close()
 
 
+@pytest.fixture(scope="module")
+def two_ranks() -> Any:
+    ranks = Pool(size=2)
+    yield ranks
+    ranks.close()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_branch_equals_megatron_core(rank: Pool, form: str) -> None:
-    config = small_config(moe=MoEConfig(num_experts=8, **FORMS[form]), ffn_hidden_size=12)
-    branch = randomise(build(config)).train().stage_layers()[1].mlp
-    assert isinstance(branch, MoE)
-    bias = None
-    if branch.router.expert_bias is not None:
-        branch.router.expert_bias += torch.linspace(-0.2, 0.2, 8, dtype=torch.float64)
-        bias = branch.router.expert_bias.numpy()
-    x = torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_()
-    output = branch(x)
-    (output * weighting(output)).sum().backward()
+    ((ours, theirs),) = rank.run(both, config_of(form), 1, "allgather")
+    assert_alike(ours, theirs)
 
-    weights = {name: p.detach().numpy() for name, p in branch.named_parameters()}
-    ((wanted, wanted_x, gradients, logged),) = rank.run(
-        their_numbers, config, in_their_names(weights, 8), bias, x.detach().numpy()
-    )
-    np.testing.assert_allclose(output.detach().numpy(), wanted, rtol=0, atol=1e-5 * abs(wanted).max())
-    assert x.grad is not None
-    np.testing.assert_allclose(x.grad.numpy(), wanted_x, rtol=0, atol=1e-5 * abs(wanted_x).max())
-    own = in_their_names({name: p.grad.numpy() for name, p in branch.named_parameters()}, 8)  # type: ignore[union-attr]
-    for name, gradient in own.items():
-        error = np.linalg.norm(gradient - gradients[name]) / max(np.linalg.norm(gradients[name]), 1e-12)
-        assert error <= 1e-5, f"{name}: {error:.1e}"
-    assert branch.router.step.losses.keys() == {name for name, value in logged.items() if value}
-    for name, value in branch.router.step.losses.items():
-        assert abs(value.item() - logged[name]) <= 1e-5 * logged[name], name
+
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_that_share_out_experts_equal_megatron_core(two_ranks: Pool, form: str, dispatcher: str) -> None:
+    """Each rank has its own tokens and half of the experts; every rank's own gradients are compared."""
+    changes: dict[str, Any] = {}
+    if form == "several-losses":
+        changes = {"moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss"), "moe_aux_loss_coeff": (0.3, 0.2)}
+    found = two_ranks.run(both, config_of(form, **changes), 2, dispatcher)
+    for ours, theirs in found:
+        assert_alike(ours, theirs)
+    (first, _), (second, _) = found
+    assert not np.allclose(first.output, second.output)
