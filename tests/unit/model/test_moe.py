@@ -369,15 +369,27 @@ def test_an_example_is_accepted(file: Path) -> None:
     assert config.model.moe.num_experts
 
 
-def test_the_example_of_olmoe_has_its_size() -> None:
-    """6.9B parameters, 1.3B of them active (2409.02060), with its 50,304 tokens."""
-    (file,) = (file for file in EXAMPLES if file.stem == "olmoe-1b-7b-hyper")
+# Parameters without those of the residual, those that a token uses (in billions), vocabulary, those of the residual.
+SIZES = {
+    "olmoe-1b-7b-hyper": (6.9, 1.3, 50304, 394_048),  # 2409.02060; 2409.19606: +0.0057 %
+    "olmoe-1b-7b-frac": (6.9, 1.3, 50304, 165_056),  # 2503.14125: +0.0024 %
+    "mixtral-8x7b-mhc": (46.7, 12.9, 32000, None),  # 2401.04088
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_example_has_the_published_size(name: str) -> None:
+    whole, active, vocab_size, of_residual = SIZES[name]
+    (file,) = (file for file in EXAMPLES if file.stem == name)
     config = parse(["--yaml-cfg", str(file), *RUN]).config
-    model = build_model(config, 50304, Mesh())
-    sizes = {name: p.numel() for name, p in model.named_parameters() if "residual" not in name}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    assert round(sum(sizes.values()) / 1e9, 1) == 6.9
-    assert round((sum(sizes.values()) - experts * 56 / 64) / 1e9, 1) == 1.3
+    model, moe = build_model(config, vocab_size, Mesh()), config.model.moe
+    assert moe.num_experts is not None
+    residual = sum(p.numel() for n, p in model.named_parameters() if "residual" in n)
+    sizes = {n: p.numel() for n, p in model.named_parameters() if "residual" not in n}
+    idle = sum(size for n, size in sizes.items() if ".experts." in n) * (1 - moe.moe_router_topk / moe.num_experts)
+    assert round(sum(sizes.values()) / 1e9, 1) == whole
+    assert round((sum(sizes.values()) - idle) / 1e9, 1) == active
+    assert of_residual in (None, residual)
 
 
 def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
