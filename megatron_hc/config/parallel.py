@@ -269,11 +269,6 @@ class ParallelConfig:
             f"--num-distributed-optimizer-instances ({self.num_distributed_optimizer_instances}) needs {name} optim or "
             "optim_grads_params, not no_shard, where every process holds everything",
         )
-        pp = self.pipeline_model_parallel_size
-        require(
-            strategy != "optim_grads_params" or pp == 1,
-            f"{name} optim_grads_params needs --pipeline-model-parallel-size 1, not {pp}: take optim",
-        )
         require(
             strategy != "no_shard" or not self.overlap_param_gather,
             f"--overlap-param-gather needs {name} optim, not no_shard, where no parameter is gathered",

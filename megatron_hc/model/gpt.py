@@ -6,6 +6,7 @@ Dims: S sequence, B batch, C hidden size, V vocabulary (padded), L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +163,10 @@ class GPT(nn.Module):
             for layer, cache in zip(self.stage_layers(), caches, strict=True):
                 carry = layer(carry, context._replace(cache=cache))
         return self.close(carry)
+
+    def through(self, part: Callable[..., Any], *arguments: Any) -> Any:
+        """``part(*arguments)``, a function outside that runs some of the model's parts: to FSDP2 one forward pass."""
+        return part(*arguments)
 
     def stage_layers(self) -> list[TransformerLayer]:
         return list(self.layers.values())  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ ZeRO-1 puts it (dim 0 in equal parts), so it is the master weight: optimizer, no
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ def shard_fully(
         return False
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # Of what changes an output in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     wide = [
         (module, name)
         for _, module, name in owned_parameters(model)
@@ -57,15 +60,15 @@ def shard_fully(
     }
     expert_mesh, dense_mesh = _device_mesh(mesh, expert_sharding) if has_copies else None, _device_mesh(mesh, sharding)
     units = [(unit, expert_mesh) for unit in experts] if has_copies else []
+    # The outermost unit is needed again at once, for the backward pass of the loss. In a pipeline every unit is needed
+    # again soon: for the next micro-batch.
+    frees = mesh.size("pp") == 1
     for unit, device_mesh in (*units, *((unit, dense_mesh) for unit in (*layers, model))):
-        # The outermost unit is needed again at once, for the backward pass of the loss.
-        sharded = fully_shard(unit, mesh=device_mesh, reshard_after_forward=unit is not model, **options)
+        sharded = fully_shard(unit, mesh=device_mesh, reshard_after_forward=frees and unit is not model, **options)
         # The loss is normalised already. A plain sum is the one reduction that gloo has.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-    # A stage calls the model's parts, not its forward. What ``open`` gathers stays for ``close`` and the loss: the
-    # outermost unit is freed after the backward pass.
-    register_fsdp_forward_method(model, "open")
+    register_fsdp_forward_method(model, "through")  # stages call the model's parts, not its forward
     return True
 
 

@@ -95,6 +95,9 @@ class Stage:
 
     def forward(self, batch: MicroBatch, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """``inputs`` as ``entrance`` says -> tensors as ``exit`` says; the last stage: the micro-batch's loss alone."""
+        return self.model.through(self._forward, batch, inputs)
+
+    def _forward(self, batch: MicroBatch, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         model, positions = self.model, batch.position_ids
         if positions is None:
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).unsqueeze(0)

@@ -111,6 +111,10 @@ class Outcome:
     gradients: list[dict[str, Bounds]] = field(default_factory=list)
     """Whole gradients by parameter name."""
 
+    def after(self, steps: int) -> Outcome:
+        """Without the first steps."""
+        return Outcome(self.losses[steps:], self.grad_norms[steps:], self.gradients[steps:])
+
 
 class Pieces(NamedTuple):
     """One rank's part of a tensor."""
@@ -167,22 +171,23 @@ def run_cell(cell: Cell, change: Callable[[train.Run], None] | None = None) -> R
 
 
 def run_steps(run: train.Run, num_steps: int) -> RankOutcome:
-    """Steps of a run that is set up, with the gradients of each."""
-    outcome = RankOutcome()
-    run.logger = outcome  # type: ignore[assignment]
-    grad_norm = run.optimizer.grad_norm
+    """The next steps of a run that is set up, with the gradients of each."""
+    outcome, logger, grad_norm = RankOutcome(), run.logger, run.optimizer.grad_norm
 
     def recorded() -> float:
         outcome.pieces.append(gradient_pieces(run))
         return grad_norm()
 
-    run.optimizer.grad_norm = recorded  # type: ignore[method-assign]
-    training = run.config.training
-    samples = RandomSamples(num_steps * run.batches.largest, run.config.model.seq_length, run.tokenizer.vocab_size)
-    loader = build_loader(samples, run.mesh, micro_batch_size=training.micro_batch_size)
+    run.logger, run.optimizer.grad_norm = outcome, recorded  # type: ignore[assignment, method-assign]
+    consumed = run.progress.consumed_samples
+    num_samples = consumed + num_steps * run.batches.largest
+    samples = RandomSamples(num_samples, run.config.model.seq_length, run.tokenizer.vocab_size)
+    size = run.config.training.micro_batch_size
+    loader = build_loader(samples, run.mesh, micro_batch_size=size, consumed_samples=consumed)
     for _ in range(num_steps):
         train.train_step(run, loader)
     run.optimizer.wait_for_parameters()
+    run.logger, run.optimizer.grad_norm = logger, grad_norm  # type: ignore[method-assign]
     return outcome
 
 

@@ -11,17 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity import MODEL, PRECISION, RUN, RandomSamples, move_off_initial_values
+from parity import (
+    MODEL,
+    PRECISION,
+    RUN,
+    TOLERANCES,
+    Outcome,
+    RankOutcome,
+    assembled,
+    differences,
+    move_off_initial_values,
+    run_steps,
+)
 from pool import Pool, mesh
 from processes import ROOT, TINY, Processes
 
 from megatron_hc import checkpoint, train
 from megatron_hc.checkpoint_folder import problem
 from megatron_hc.cli import parse
-from megatron_hc.data.loader import build_loader
 
 sys.path.insert(0, str(ROOT / "tools"))
-from inspect_checkpoint import differences  # noqa: E402  (a script, not part of the package)
+import inspect_checkpoint  # noqa: E402  (a script, not part of the package)
 
 LAYOUTS = {
     "1": (1, ""),
@@ -43,8 +53,8 @@ def flags_of(layout: str, model: str) -> list[str]:
     return " ".join(parts).split()
 
 
-def train_and_save(flags: list[str], world_size: int, steps: int) -> list[float] | None:
-    """In a rank: the losses of some steps, from the start or from --load; then a save."""
+def train_and_save(flags: list[str], world_size: int, steps: int) -> RankOutcome | None:
+    """In a rank: some steps, from the start or from --load; then a save."""
     parsed = parse(flags)
     own = mesh(parsed.config, world_size)
     if own is None:
@@ -52,43 +62,35 @@ def train_and_save(flags: list[str], world_size: int, steps: int) -> list[float]
     run = train.set_up(parsed, own)
     if parsed.config.checkpoint.load is None:
         move_off_initial_values(run)
-    losses: list[float] = []
-    run.logger.step = lambda loss, **others: losses.append(loss)  # type: ignore[method-assign]
-    samples = RandomSamples(100, run.config.model.seq_length, run.tokenizer.vocab_size)
-    loader = build_loader(
-        samples,
-        own,
-        micro_batch_size=run.config.training.micro_batch_size,
-        consumed_samples=run.progress.consumed_samples,
-    )
-    for _ in range(steps):
-        train.train_step(run, loader)
+    outcome = run_steps(run, steps)
     train.save(run)
     run.saver.wait()
-    run.optimizer.wait_for_parameters()
-    return losses
+    return outcome
 
 
-def losses_of(pool: Pool, layout: str, model: str, steps: int, *checkpoints: str) -> list[float]:
+def outcome_of(pool: Pool, layout: str, model: str, steps: int, *checkpoints: str) -> Outcome:
     found = pool.run(train_and_save, [*flags_of(layout, model), *checkpoints], LAYOUTS[layout][0], steps)
-    ranks = [losses for losses in found if losses is not None]
-    assert all(losses == ranks[0] for losses in ranks)
-    return ranks[0]
+    return assembled([rank for rank in found if rank is not None])
+
+
+def assert_parity(got: Outcome, expected: Outcome) -> None:
+    found = differences(got, expected, TOLERANCES["fp64"])
+    assert not found, "\n".join(found[:20])
 
 
 class Saved:
-    """Checkpoints after ``BEFORE`` steps, each made once, and the losses of an uninterrupted run."""
+    """Checkpoints after ``BEFORE`` steps, each made once, and an uninterrupted run in one process."""
 
     def __init__(self, pool: Pool, root: Path, model: str) -> None:
         self.pool, self.root, self.model = pool, root, model
-        self.losses = losses_of(pool, "1", model, BEFORE + AFTER, "--save", str(root / "whole"))
+        self.whole = outcome_of(pool, "1", model, BEFORE + AFTER, "--save", str(root / "whole"))
         self.made: set[str] = set()
 
     def at(self, layout: str) -> Path:
         folder = self.root / layout
         if layout not in self.made:
-            losses = losses_of(self.pool, layout, self.model, BEFORE, "--save", str(folder))
-            np.testing.assert_allclose(losses, self.losses[:BEFORE], rtol=1e-10)
+            outcome = outcome_of(self.pool, layout, self.model, BEFORE, "--save", str(folder))
+            np.testing.assert_allclose(outcome.losses, self.whole.losses[:BEFORE], rtol=1e-10)
             self.made.add(layout)
         return folder
 
@@ -107,21 +109,20 @@ DEFAULT = [pair for pair in ALL if (list(LAYOUTS).index(pair[1]) - list(LAYOUTS)
     [pair if pair in DEFAULT else pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL],
 )
 def test_saved_at_one_layout_resumed_at_another(saved: Saved, tmp_path: Path, source: str, target: str) -> None:
-    """What was loaded is the same bit for bit (it is saved again at once), and the losses go on as in one process."""
+    """What was loaded is the same bit for bit (it is saved again at once), and every step from there on has parity."""
     folder = saved.at(source)
     again = tmp_path / "again"
-    losses_of(saved.pool, target, saved.model, 0, "--load", str(folder), "--save", str(again))
+    outcome_of(saved.pool, target, saved.model, 0, "--load", str(folder), "--save", str(again))
     same_but_layout(folder, again)
-    more = losses_of(saved.pool, target, saved.model, AFTER, "--load", str(folder), "--save", str(tmp_path / "more"))
-    np.testing.assert_allclose(more, saved.losses[BEFORE:], rtol=1e-10)
+    more = outcome_of(saved.pool, target, saved.model, AFTER, "--load", str(folder), "--save", str(tmp_path / "more"))
+    assert_parity(more, saved.whole.after(BEFORE))
     # The comparison sees a single number.
-    assert any(
-        "model." in line for line in differences(checkpoint.find(folder), checkpoint.find(tmp_path / "more"), "*")
-    )
+    changed = inspect_checkpoint.differences(checkpoint.find(folder), checkpoint.find(tmp_path / "more"), "*")
+    assert any("model." in line for line in changed)
 
 
 def same_but_layout(one: Path, other: Path) -> None:
-    found = list(differences(checkpoint.find(one), checkpoint.find(other), "*"))
+    found = list(inspect_checkpoint.differences(checkpoint.find(one), checkpoint.find(other), "*"))
     assert not [line for line in found if not line.startswith("argument ")]
 
 
@@ -129,10 +130,11 @@ def test_resumed_at_the_same_layout_the_losses_are_the_same_bits(pool: Pool, tmp
     for layout in ("tp2-dp2", "dp2-fsdp"):
         model = "--residual-connection mhc --untie-embeddings-and-output-weights"
         folder = tmp_path / layout
-        whole = losses_of(pool, layout, model, BEFORE + AFTER, "--save", str(folder / "whole"))
-        first = losses_of(pool, layout, model, BEFORE, "--save", str(folder / "half"))
-        second = losses_of(pool, layout, model, AFTER, "--load", str(folder / "half"), "--save", str(folder / "more"))
-        assert first + second == whole
+        whole = outcome_of(pool, layout, model, BEFORE + AFTER, "--save", str(folder / "whole"))
+        first = outcome_of(pool, layout, model, BEFORE, "--save", str(folder / "half"))
+        second = outcome_of(pool, layout, model, AFTER, "--load", str(folder / "half"), "--save", str(folder / "more"))
+        assert first.losses + second.losses == whole.losses
+        assert first.grad_norms + second.grad_norms == whole.grad_norms
         same_but_layout(folder / "whole", folder / "more")
 
 

@@ -333,9 +333,9 @@ def test_nothing_finite_is_not_blamed() -> None:
         ("--ddp-bucket-size 0", 1, "--ddp-bucket-size must be positive"),
         ("--check-weight-hash-across-dp-replicas-interval 0", 1, "must be positive"),
         (
-            f"{STRATEGY} optim_grads_params --pipeline-model-parallel-size 2",
-            2,
-            "needs --pipeline-model-parallel-size 1",
+            f"{STRATEGY} optim_grads_params --pipeline-model-parallel-size 2 --pipeline-schedule zbv",
+            4,
+            "optim_grads_params and --pipeline-schedule zbv exclude each other",
         ),
     ],
 )

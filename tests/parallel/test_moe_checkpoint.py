@@ -41,7 +41,7 @@ def losses_of(pool: Pool, layout: str, model: str, steps: int, *checkpoints: str
     world_size, flags = LAYOUTS[layout]
     parts = (MODEL, RUN, PRECISION["fp64"], model, flags, f"--train-iters {BEFORE + AFTER}")
     found = pool.run(train_and_save, [*" ".join(parts).split(), *checkpoints], world_size, steps)
-    ranks = [losses for losses in found if losses is not None]
+    ranks = [outcome.losses for outcome in found if outcome is not None]
     assert all(losses == ranks[0] for losses in ranks)
     return ranks[0]
 

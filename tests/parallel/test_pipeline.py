@@ -7,6 +7,7 @@ every method under every schedule.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,6 +31,12 @@ AXES = {
     "pp2-tp2-sp": (4, f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2-dp2": (4, PP2),
 }
+EIGHT_RANKS = {
+    "pp2-tp2-dp2": (8, f"{PP2} --tensor-model-parallel-size 2"),
+    "pp2-tp2-sp-dp2": (8, f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp4-dp2": (8, PP4),
+    "pp4-tp2-sp": (8, f"{PP4} --tensor-model-parallel-size 2 --sequence-parallel"),
+}
 SCHEDULES = {
     "1f1b": "--pipeline-schedule 1f1b",
     "gpipe": "--pipeline-schedule gpipe",
@@ -43,6 +50,7 @@ DATA = {
     "one": "",
     "optim": "--data-parallel-sharding-strategy optim",
     "no_shard": "--data-parallel-sharding-strategy no_shard",
+    "optim_grads_params": "--data-parallel-sharding-strategy optim_grads_params",
     "overlap": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 300",
 }
 VALUES_IN_TURN = ("none", "learnable", "dense", "single", "per-token")
@@ -57,18 +65,21 @@ FACTORS = {
     "heads": ["mha", "kv1"],
 }
 MANY = "--global-batch-size 16"  # 8 micro-batches of 2, or 4 on each of two data-parallel ranks
+MANY_TWICE = "--global-batch-size 32"
 
 
 def allows(row: Row) -> bool:
-    axes, data = row.get("axes"), row.get("data")
-    return not (axes and data and (axes == "pp2-dp2") == (data == "one"))
+    axes, data, schedule = row.get("axes"), row.get("data"), row.get("schedule")
+    if data == "optim_grads_params" and schedule in ("zero-bubble", "interleaved-zero-bubble", "zbv", "dualpipev"):
+        return False
+    return not (axes and data and ("dp2" in axes) == (data == "one"))
 
 
 @cache
-def covering_rows() -> tuple[tuple[Row, str], ...]:
+def covering_rows(num_ranks: int = 4) -> tuple[tuple[Row, str], ...]:
     """Rows, each with a method; every form of every method takes its turn."""
     methods = itertools.cycle(form for turn in itertools.count() for form in one_form_each(turn))
-    rows = pairwise(FACTORS, allows, seed=1)
+    rows = pairwise(FACTORS | ({"axes": list(EIGHT_RANKS)} if num_ranks == 8 else {}), allows, seed=1)
     return tuple((row, method_for(row, methods)) for row in rows)
 
 
@@ -81,16 +92,16 @@ def method_for(row: Row, methods: Any) -> str:
 
 
 def cell_of(row: Row, method: str, **options: Any) -> Cell:
-    world_size, axes = AXES[row["axes"]]
+    world_size, axes = (AXES | EIGHT_RANKS)[row["axes"]]
     model = (SHAPES[row["shape"]], HEADS[row["heads"]], TABLES[row["table"]], VALUES[row["value"]], method)
-    is_deep = row["axes"] == "pp4" and row["schedule"] in ("interleaved", "interleaved-zero-bubble", "zbv", "dualpipev")
+    is_deep = "pp4" in row["axes"] and row["schedule"] in ("interleaved", "interleaved-zero-bubble", "zbv", "dualpipev")
     return Cell(
         model=" ".join((f"--num-layers {9 if is_deep else 5}", *model)),
         layout=" ".join((axes, SCHEDULES[row["schedule"]], DATA[row["data"]])),
         options=RECOMPUTE[row["recompute"]],
         world_size=world_size,
         num_steps=2,
-        batch=MANY,
+        batch=MANY_TWICE if world_size == 8 else MANY,
         **options,
     )
 
@@ -104,6 +115,15 @@ def name_of(row: Row, method: str) -> str:
 def test_every_method_on_two_stages(runs: Runs, method: str, value: str) -> None:
     for form in forms(method) if value == "none" else forms(method)[:1]:
         runs.check(Cell(f"--num-layers 3 {form} {VALUES[value]}", layout=PP2, world_size=2, num_steps=2))
+
+
+@pytest.mark.parametrize("method", list(RESIDUALS))
+def test_every_method_on_four_stages(runs: Runs, method: str) -> None:
+    """Value residuals on and off in turn."""
+    index = list(RESIDUALS).index(method)
+    form, value = forms(method)[index % len(forms(method))], ("none", "dense")[index % 2]
+    model = f"--num-layers 5 {form} {VALUES[value]}"
+    runs.check(Cell(model, layout=PP4, world_size=4, num_steps=2))
 
 
 @pytest.mark.parametrize(("row", "method"), [pytest.param(*row, id=name_of(*row)) for row in covering_rows()])
@@ -255,17 +275,16 @@ def test_every_value_residual(runs: Runs, value: str, schedule: str) -> None:
     runs.check(Cell(model, layout=layout, world_size=2, num_steps=2))
 
 
-@pytest.mark.slow
-def test_eight_ranks() -> None:
-    """tp 2, pp 2, dp 2, and pp 4, tp 2; every schedule, methods in turn. Prints what was run, with -s."""
+@pytest.fixture(scope="module")
+def runs_of_eight() -> Iterator[Runs]:
     pool = Pool(size=8, timeout_s=300)
-    runs = Runs(pool)
-    try:
-        for index, (axes, schedule) in enumerate(itertools.product((PP2, PP4), SCHEDULES.values())):
-            method = forms(list(RESIDUALS)[index % len(RESIDUALS)])[0]
-            model = f"--num-layers 8 {SHAPES['llama']} {method} --value-residual learnable"
-            layout = f"{axes} --tensor-model-parallel-size 2 --sequence-parallel {schedule}"
-            runs.check(Cell(model, layout=layout, world_size=8, num_steps=2, batch=MANY))
-    finally:
-        pool.close()
-        print("\n" + runs.report())
+    found = Runs(pool)
+    yield found
+    pool.close()
+    print("\n" + found.report())  # seen with -s
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "method"), [pytest.param(*row, id=name_of(*row)) for row in covering_rows(8)])
+def test_eight_ranks(runs_of_eight: Runs, row: Row, method: str) -> None:
+    runs_of_eight.check(cell_of(row, method))
