@@ -79,6 +79,7 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "moe_use_legacy_grouped_gemm": NotNeeded(_KERNEL),
     "moe_shared_expert_overlap": NotNeeded(_SCHEDULE),
     "overlap_moe_expert_parallel_comm": NotNeeded(_SCHEDULE),
+    "tp_comm_overlap": NotNeeded(_SCHEDULE),
     "cross_entropy_loss_fusion": NotNeeded(_FUSION),
     "cross_entropy_fusion_impl": NotNeeded(_FUSION, 1),
     "no_gradient_accumulation_fusion": NotNeeded(_FUSION),
@@ -104,7 +105,9 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "ddp_average_in_collective": NotNeeded("only picks where the mean is taken"),
     "use_ring_exchange_p2p": NotNeeded(_SCHEDULE),
     "no_overlap_p2p_communication": NotNeeded(_SCHEDULE),
-    "context_parallel_size": NotNeeded("context parallelism is not offered", 1, ("1",)),
+    "context_parallel_size": NotNeeded(
+        "there is no context parallelism; --sequence-parallel shards sequences over tensor-parallel processes", 1, ("1",)
+    ),
     "lazy_mpu_init": NotNeeded("there is no global state to set up", 1),
     "use_cpu_initialization": NotNeeded("weights are the same wherever they are drawn"),
     "no_initialization": NotNeeded("weights are always drawn"),

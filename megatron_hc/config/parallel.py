@@ -159,7 +159,8 @@ class ParallelConfig:
             for option in ("pipeline_schedule", "pipeline_model_parallel_layout", *counts, *ends, *accounts)
             if getattr(self, option)
         ]
-        require(size > 1 or not given, f"{' and '.join(map(flag, given))} need {name} above 1, not {size}")
+        needs = "needs" if len(given) == 1 else "need"
+        require(size > 1 or not given, f"{' and '.join(map(flag, given))} {needs} {name} above 1, not {size}")
         exclusive = ("pipeline_model_parallel_layout", *counts, *ends)
         chosen = [option for option in given if option in exclusive]
         splits = [option for option in chosen if option not in ends]

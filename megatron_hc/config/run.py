@@ -42,7 +42,7 @@ class TrainConfig:
         self._validate_micro_batches(self.parallel.data_parallel_size(world_size))
         self.optimizer.validate(self.training.train_iters, self.training.train_samples)
         self.checkpoint.validate()
-        self.logging.validate()
+        self.logging.validate(world_size)
         require(
             self.model.moe.num_experts is not None or not self.logging.moe_per_layer_logging,
             "--moe-per-layer-logging needs --num-experts",

@@ -184,7 +184,7 @@ class LogConfig:
     profile_dir: str | None = None
     """Folder of the traces (default: --tensorboard-dir, or else profile)."""
 
-    def validate(self) -> None:
+    def validate(self, world_size: int = 1) -> None:
         positive(self, "log_interval", "peak_tflops", "profile_step_end")
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         for name in ("use_pytorch_profiler", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"):
@@ -194,6 +194,11 @@ class LogConfig:
             f"--profile-step-start ({self.profile_step_start}) must be less than --profile-step-end "
             f"({self.profile_step_end}), and not negative",
         )
+        for rank in self.profile_ranks:
+            require(
+                0 <= rank < world_size,
+                f"--profile-ranks ({rank}) must be below the number of processes ({world_size}), and not negative",
+            )
         require(self.profile_dir is None or self.use_pytorch_profiler, "--profile-dir needs --use-pytorch-profiler")
         for name in ("wandb_exp_name", "wandb_save_dir"):
             require(

@@ -211,6 +211,8 @@ REFUSED = [
     # logging
     ("--log-interval 0", "", "--log-interval must be positive, not 0"),
     ("--peak-tflops 0", "", "--peak-tflops must be positive, not 0.0"),
+    ("--profile --use-pytorch-profiler --profile-ranks 0 2", "", "--profile-ranks (2) must be below the number of"),
+    ("--profile-step-start 3", "", "--profile-step-start needs --profile"),
     ("--wandb-exp-name x", "", "--wandb-exp-name needs --wandb-project"),
     ("--wandb-save-dir x", "", "--wandb-save-dir needs --wandb-project"),
 ]

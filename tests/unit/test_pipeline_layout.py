@@ -101,7 +101,7 @@ def test_bad_layouts(text: str, message: str) -> None:
     ("num_layers", "size", "options", "message"),
     [
         (3, 4, {}, "--num-layers (3) is too small for 4 pipeline stages"),
-        (4, 1, {"pipeline_schedule": "gpipe"}, "--pipeline-schedule need --pipeline-model-parallel-size above 1"),
+        (4, 1, {"pipeline_schedule": "gpipe"}, "--pipeline-schedule needs --pipeline-model-parallel-size above 1"),
         (6, 2, {"num_layers_per_virtual_pipeline_stage": 2}, "--num-layers (6) must be a multiple of"),
         (
             4,
