@@ -106,7 +106,7 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "use_ring_exchange_p2p": NotNeeded(_SCHEDULE),
     "no_overlap_p2p_communication": NotNeeded(_SCHEDULE),
     "context_parallel_size": NotNeeded(
-        "there is no context parallelism; --sequence-parallel shards sequences over tensor-parallel processes", 1, ("1",)
+        "there is no context parallelism; --sequence-parallel shards sequences in tensor-parallel groups", 1, ("1",)
     ),
     "lazy_mpu_init": NotNeeded("there is no global state to set up", 1),
     "use_cpu_initialization": NotNeeded("weights are the same wherever they are drawn"),
