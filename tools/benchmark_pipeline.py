@@ -132,14 +132,16 @@ def run_one(flags: list[str], size: int, threads: int) -> list[Figures]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default="plain,hyper,mhc,attention,denseformer")
+    from megatron_hc.residual import RESIDUALS
+
+    parser.add_argument("--methods", default=",".join(RESIDUALS))
     parser.add_argument("--schedules", default="1f1b")
     parser.add_argument("--size", type=int, default=2, help="processes of the pipeline")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--flags", default="", help="more flags of a run, for both sides")
     options = parser.parse_args(argv)

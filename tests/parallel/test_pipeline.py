@@ -228,6 +228,12 @@ STEP = 4 * TENSOR  # of its 4 micro-batches; as much goes forth (gradients: back
         ("--residual-connection plain", 1),
         ("--residual-connection hyper", 4),
         ("--residual-connection frac", 1),
+        ("--residual-connection mhc", 4),
+        ("--residual-connection mhc --mhc-single-pass --residual-streams 2", 2 + 2 / 16),
+        ("--residual-connection mhc-lite", 4),
+        ("--residual-connection kromhc", 4),
+        ("--residual-connection gated --residual-streams 3", 3),
+        ("--residual-connection virtual-width", 4 / 2),
         ("--residual-connection plain --value-residual learnable", 2),
         ("--residual-connection plain --value-residual dense", 3),
         ("--residual-connection attention", 5),
@@ -237,7 +243,7 @@ STEP = 4 * TENSOR  # of its 4 micro-batches; as much goes forth (gradients: back
         ("--residual-connection muddformer", 3),
     ],
 )
-def test_bytes_between_two_stages(pool: Pool, model: str, tensors: int) -> None:
+def test_bytes_between_two_stages(pool: Pool, model: str, tensors: float) -> None:
     """Into layer 2 of 4: the streams, values of earlier layers, and the history that later layers read."""
     assert bytes_of(pool, model) == [tensors * STEP, tensors * STEP]
 
