@@ -160,9 +160,15 @@ def write(staged: Staged, folder: Path) -> dict[str, int]:
             save_file(slices, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # what the library makes of an OSError
             raise OSError(f"{folder / file} could not be written: {error}") from error
+        open_to_readers(folder / file)
         flush(folder / file)
         sizes[file] = (folder / file).stat().st_size
     return sizes
+
+
+def open_to_readers(file: Path) -> None:
+    """Let whoever may read the folder read the file: safetensors leaves it to its owner alone."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 class _ReadLater(Mapping[str, dict[str, Tensor]]):

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_hc import checkpoint
+from megatron_hc.checkpoint_save import open_to_readers
 from megatron_hc.cli import exit_on_user_error
 from megatron_hc.mesh import Mesh
 
@@ -44,6 +45,7 @@ def consolidate(source: str, target: Path, with_optimizer: bool) -> str:
     partial = target.with_name(target.name + ".tmp")
     try:
         save_file(tensors, partial, metadata=metadata)
+        open_to_readers(partial)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

@@ -84,6 +84,8 @@ def test_every_bit_comes_back_and_plain_safetensors_reads_it(tmp_path: Path) -> 
         for copy in (found[name], raw[name]):
             assert copy.dtype == tensor.dtype and copy.shape == tensor.shape, name
             assert torch.equal(copy.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+    modes = {(file.stat().st_mode & 0o777) for file in folder.iterdir()}
+    assert modes == {folder.stat().st_mode & 0o666}, "whoever may read the folder may read the files"
     assert checkpoint.read_state(folder) == state
     assert checkpoint.read_arguments(folder) == {"hidden_size": 64, "lr": 1e-3}
     shapes = checkpoint.load_tensor_shapes(folder)

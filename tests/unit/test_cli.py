@@ -359,6 +359,13 @@ def test_user_errors_exit_with_2_and_other_errors_pass(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_output_that_nobody_reads_any_more_is_no_error() -> None:
+    code = "with cli.exit_on_user_error('tool.py'):\n  for _ in range(100000): print('line')"
+    command = f"{sys.executable} -c \"from megatron_hc import cli\n{code}\" | head -1"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("line\n", "")
+
+
 def test_parsing_loads_no_torch() -> None:
     code = (
         "import sys; from megatron_hc import cli; "
