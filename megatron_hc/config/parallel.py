@@ -281,6 +281,7 @@ class ParallelConfig:
 
     def validate(self, model: ModelConfig) -> None:
         self._validate_tensor_parallel(model)
+        self._validate_experts(model)
         self._validate_pipeline(model)
         self._validate_data_parallel()
         num_layers = model.num_layers

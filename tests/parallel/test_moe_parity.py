@@ -35,6 +35,7 @@ AXES: dict[str, tuple[int, str]] = {
     "ep2-edp2": (4, f"{EP} 2"),
     "ep2-edp2-no_shard": (4, f"{EP} 2 {STRATEGY} no_shard"),
     "ep2-edp2-overlap": (4, f"{EP} 2 --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 300"),
+    "ep2-edp2-hybrid": (4, f"{EP} 2 --num-distributed-optimizer-instances 2"),
     "ep2-edp2-fully": (4, f"{EP} 2 {STRATEGY} optim_grads_params"),
     "ep2-pp2": (4, f"{EP} 2 --pipeline-model-parallel-size 2"),
 }

@@ -344,6 +344,37 @@ def test_refused_in_one_sentence(options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
+TP2 = "--tensor-model-parallel-size 2"
+REFUSED_LAYOUTS = [
+    (4, f"--num-experts 4 {TP2}", f"--num-experts with {TP2.replace(' 2', ' (2)')} needs --sequence-parallel"),
+    (4, "--num-experts 3 --expert-model-parallel-size 2", "(2) must divide --num-experts (3)"),
+    (2, "--num-experts 4 --expert-model-parallel-size 4", "must divide the processes of a pipeline stage (2)"),
+    (4, f"--num-experts 4 {TP2} --sequence-parallel --expert-tensor-parallel-size 3", "--moe-ffn-hidden-size (64)"),
+    (4, f"--num-experts 4 {TP2} --sequence-parallel --moe-ffn-hidden-size 9", "--moe-ffn-hidden-size (9)"),
+    (
+        *(4, f"--num-experts 4 {TP2} --sequence-parallel --moe-shared-expert-intermediate-size 9"),
+        "must divide --moe-shared-expert-intermediate-size (9)",
+    ),
+    (2, "--expert-model-parallel-size 2", "need --num-experts"),
+    (2, "--expert-tensor-parallel-size 2", "need --num-experts"),
+    (1, "--recompute-granularity selective --recompute-modules moe", "--recompute-modules moe needs --num-experts"),
+    (1, "--moe-per-layer-logging", "needs --num-experts"),
+    (1, "--moe-use-upcycling --load x", "--moe-use-upcycling needs --num-experts"),
+    (1, "--num-experts 4 --moe-use-upcycling", "--moe-use-upcycling needs --load"),
+    (1, "--num-experts 4 --moe-use-upcycling --load x --moe-router-pre-softmax", "leave out"),
+    (1, "--num-experts 4 --moe-use-upcycling --load x --moe-ffn-hidden-size 8", "leave out"),
+]
+
+
+@pytest.mark.parametrize("world_size, flags, message", REFUSED_LAYOUTS, ids=[flags for _, flags, _ in REFUSED_LAYOUTS])
+def test_a_layout_that_cannot_work_is_refused(world_size: int, flags: str, message: str) -> None:
+    run = """--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --micro-batch-size 2 --train-iters 2
+        --lr 1e-3 --mock-data --tokenizer-type ByteTokenizer --global-batch-size 16"""
+    with pytest.raises(ValueError) as caught:
+        parse(f"{run} {flags}".split()).config.validate(world_size)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
