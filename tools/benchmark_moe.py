@@ -25,10 +25,13 @@ from pathlib import Path
 
 import torch
 from benchmark_shakespeare import FLAGS, one_run, report, write_part
+from torch import Tensor
 
 from megatron_hc.cli import exit_on_user_error, parse
 from megatron_hc.mesh import Mesh
+from megatron_hc.model.experts import arrange, combine, dispatch, weights_of_rows
 from megatron_hc.model.gpt import GPT
+from megatron_hc.model.moe import MoE
 from megatron_hc.parallel.plan import build_model, cast_parameters, compute_dtype, materialize, placements
 
 EXPERTS = """--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 256
@@ -46,7 +49,7 @@ def built(flags: str, precision: str) -> GPT:
     return model.train()
 
 
-def seconds(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median time of each, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 3):
@@ -63,18 +66,19 @@ def costs(repeats: int) -> None:
     tokens = torch.randint(0, 256, (12, 64), generator=torch.Generator().manual_seed(1))
     weights = torch.full((12, 64), 1 / (12 * 64))
 
-    def step(model: GPT) -> Callable[[], None]:
+    def step(model: GPT) -> Callable[[], object]:
         def run() -> None:
             model.zero_grad(set_to_none=True)
             model.output.loss(model(tokens), tokens.roll(-1, 1), weights).backward()
 
         return run
 
-    def branch(model: GPT) -> Callable[[], None]:
+    def branch(model: GPT) -> Callable[[], object]:
         mlp, dtype = model.stage_layers()[0].mlp, model.embedding.weight.dtype
-        x = torch.randn(64, 12, 128, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        x = inputs(dtype).requires_grad_()
 
         def run() -> None:
+            mlp.zero_grad(set_to_none=True)
             mlp(x).sum().backward()
 
         return run
@@ -87,6 +91,40 @@ def costs(repeats: int) -> None:
             found = seconds({name: of(model) for name, model in models.items()}, repeats)
             ratios = ", ".join(f"{name} {found[name] / found['dense']:.2f}" for name in ("grouped", "loop"))
             print(f"time of a {what} over dense, {precision[2:] or 'fp32'}: {ratios}", flush=True)
+        found = seconds(parts(models["grouped"]), repeats)
+        shares = ", ".join(f"{name} {100 * time / sum(found.values()):.0f} %" for name, time in found.items())
+        print(f"of the branch's forward pass, {precision[2:] or 'fp32'}: {shares}", flush=True)
+
+
+def inputs(dtype: torch.dtype) -> Tensor:
+    """What a branch reads, [S, B, C]."""
+    return torch.randn(64, 12, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def parts(model: GPT) -> dict[str, Callable[[], object]]:
+    """What a branch of experts does, step by step, without gradients."""
+    moe = model.stage_layers()[0].mlp
+    assert isinstance(moe, MoE)
+    x = inputs(model.embedding.weight.dtype)
+    with torch.no_grad():
+        routing = moe.router(x)
+        rows = arrange(routing.experts, routing.kept, moe.num_experts)
+        weights = weights_of_rows(routing.weights, rows)
+        tokens = x.flatten(0, 1)
+        moved = dispatch(tokens, rows, moe.topk)
+        y = moe.experts(moved, weights, rows.counts)
+
+    def move() -> None:
+        dispatch(tokens, rows, moe.topk)
+        combine(y, rows, moe.topk)
+
+    found: dict[str, Callable[[], object]] = {
+        "router": lambda: moe.router(x),
+        "sorting": lambda: arrange(routing.experts, routing.kept, moe.num_experts),
+        "moving rows": move,
+        "experts": lambda: moe.experts(moved, weights, rows.counts),
+    }
+    return {name: torch.no_grad()(run) for name, run in found.items()}
 
 
 def balance(metrics: Path) -> float:
