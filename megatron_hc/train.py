@@ -18,6 +18,7 @@ from megatron_hc.data import Batch, Loader, SampleDataset, Tokenizer, build_data
 from megatron_hc.launch import TrainingStopped, note_iteration
 from megatron_hc.log import Logger
 from megatron_hc.mesh import Mesh, build_mesh
+from megatron_hc.model.branch import branch_factors
 from megatron_hc.model.gpt import GPT
 from megatron_hc.optim import BatchSchedule, LearningRate, WeightDecay, parameter_groups
 from megatron_hc.parallel.collectives import all_reduce
@@ -189,7 +190,7 @@ def build_optimizer(
     is_cast = fully and shard_fully(model, model.stage_layers(), mesh, *shardings, dtype)
     dtypes = {name: parameter_dtype(module, dtype) for name, module, _ in owned_parameters(model)}
     optimizer = DataParallelOptimizer(
-        parameter_groups(model),
+        parameter_groups(model, config.model),
         config.optimizer,
         config.parallel,
         mesh,
@@ -217,7 +218,7 @@ def train_step(run: Run, loader: Loader) -> None:
     progress = run.progress
     consumed = progress.consumed_samples
     batches = loader.next(run.batches.num_micro_batches(consumed))
-    micro_batches = weighted(batches, run.config, run.mesh)
+    micro_batches = leave_out(weighted(batches, run.config, run.mesh), run, loader.last_samples)
     if not run.model.training:  # train() walks through all modules
         run.model.train()
     begin_routers(
@@ -276,6 +277,17 @@ def weighted(batches: Sequence[Batch], config: TrainConfig, mesh: Mesh) -> list[
         MicroBatch(batch.tokens, batch.labels, weight, batch.position_ids if resets else None, batch.document_ids)
         for batch, weight in zip(batches, weights, strict=True)
     ]
+
+
+def leave_out(micro_batches: list[MicroBatch], run: Run, samples: Sequence[int]) -> list[MicroBatch]:
+    """Say what stochastic depth and LayerDrop leave out of each micro-batch; samples: of all, one after the other."""
+    size = len(samples) // len(micro_batches)
+    found = []
+    for index, batch in enumerate(micro_batches):
+        own = samples[index * size : (index + 1) * size]
+        factors = branch_factors(run.config.model, run.config.training.seed, run.progress.iteration, own)
+        found.append(batch._replace(branch_factors=None if factors is None else factors.to(run.mesh.device)))
+    return found
 
 
 def check_finite(run: Run, losses: Tensor, loss: float, grad_norm: float, loader: Loader) -> None:

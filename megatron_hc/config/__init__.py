@@ -11,6 +11,7 @@ from megatron_hc.config.model import (
     HEAD_NORM_PLACEMENTS,
     NO_READ_NORM_PLACEMENTS,
     OWN_NORM_CONNECTIONS,
+    REPLACEABLE_CONNECTIONS,
     REPLACING_PLACEMENTS,
     ModelConfig,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "OWN_NORM_CONNECTIONS",
     "OptimizerConfig",
     "ParallelConfig",
+    "REPLACEABLE_CONNECTIONS",
     "REPLACING_PLACEMENTS",
     "RESIDUAL_CONNECTIONS",
     "ResidualConfig",

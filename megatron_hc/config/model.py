@@ -11,13 +11,15 @@ from megatron_hc.config.residual import ResidualConfig
 
 ValueResidualName = Literal["none", "half", "constant", "learnable", "sparse", "dense", "neutreno", "per-token"]
 NormPlacementName = Literal[
-    "pre", "post", "deepnorm", "reordered", "peri", "hybrid", "hybrid-star", "normformer", "res-post-cosine"
+    "pre", "post", "deepnorm", "reordered", "peri", "hybrid", "hybrid-star", "normformer", "res-post-cosine", "none"
 ]
 VALUE_WEIGHTS = {"half": (0.5, 0.5), "constant": (2.0, 1.0), "sparse": (5.0, 1.0), "learnable": (0.5, 0.5)}
 """Default weights (of V_1, of a layer's own V) of the value residuals that have two numbers."""
 REPLACING_PLACEMENTS = ("post", "deepnorm", "hybrid", "hybrid-star")
 """Norm placements in which a norm replaces the stream."""
-NO_READ_NORM_PLACEMENTS = ("reordered", "res-post-cosine")
+REPLACEABLE_CONNECTIONS = ("plain", "rezero", "layerscale", "orthogonal")
+"""Methods whose stream may be replaced by its norm: one stream, and no state beside it."""
+NO_READ_NORM_PLACEMENTS = ("reordered", "res-post-cosine", "none")
 HEAD_NORM_PLACEMENTS = ("hybrid", "hybrid-star", "res-post-cosine")
 OWN_NORM_CONNECTIONS = ("gated", "muddformer")
 """Methods that norm their own reads."""
@@ -93,8 +95,8 @@ class ModelConfig:
     """Where a sublayer's norms stand."""
     normformer_residual_scale: bool = False
     """With --norm-placement normformer a learned factor per channel on the stream that the MLP is added to."""
-    init_scheme: Literal["megatron", "deepnorm"] = "megatron"
-    """Initial weights: --init-method-std, or Xavier's with DeepNorm's gains (2203.00555)."""
+    init_scheme: Literal["megatron", "deepnorm", "fixup", "t-fixup", "orthogonal"] = "megatron"
+    """Initial weights: --init-method-std; Xavier's with DeepNorm's gains; Fixup's or T-Fixup's; orthogonal matrices."""
     value_residual: ValueResidualName = "none"
     """How attention of later layers mixes in the values of the first one (ResFormer, 2410.17897)."""
     value_residual_first_weight: float | None = None
@@ -125,6 +127,28 @@ class ModelConfig:
     def residual_stream_factor(self) -> float:
         """What the stream is multiplied by when a sublayer's output is added to it."""
         return (2 * self.num_layers) ** 0.25 if self.norm_placement == "deepnorm" else 1.0
+
+    @property
+    def depth_ratio(self) -> float:
+        """Layers over --base-num-layers."""
+        return self.num_layers / (self.residual.base_num_layers or self.num_layers)
+
+    @property
+    def depth_power(self) -> float:
+        """What a sublayer's output is multiplied by is ``depth_ratio`` to minus this power."""
+        return {"none": 0.0, "depth-mup": 0.5, "completep": 1.0}[self.residual.residual_scale]
+
+    @property
+    def branch_scale(self) -> float:
+        """What a sublayer's output is multiplied by before it is written (--residual-scale)."""
+        return self.depth_ratio**-self.depth_power
+
+    @property
+    def layerscale_start(self) -> float:
+        """Initial value of LayerScale's weights (CaiT's by depth)."""
+        by_depth = 0.1 if self.num_layers <= 18 else 1e-5 if self.num_layers <= 24 else 1e-6
+        given = self.residual.layerscale_init
+        return by_depth if given is None else given
 
     @property
     def value_weights(self) -> tuple[float, float]:
@@ -254,7 +278,7 @@ class ModelConfig:
         placement, method = self.norm_placement, self.residual.residual_connection
         chosen = f"--norm-placement {placement}"
         require(
-            placement not in REPLACING_PLACEMENTS or method == "plain",
+            placement not in REPLACING_PLACEMENTS or method in REPLACEABLE_CONNECTIONS,
             f"{chosen} replaces the stream by its norm, which --residual-connection {method} does not allow: use "
             "--norm-placement pre, peri, normformer or reordered",
         )
@@ -277,7 +301,12 @@ class ModelConfig:
             f"{placement} and {method}",
         )
         require(
-            self.init_scheme == "megatron" or placement == "deepnorm",
-            f"--init-scheme {self.init_scheme} needs --norm-placement deepnorm, for whose stream factor its gains are "
-            f"made, not {placement}",
+            self.init_scheme != "deepnorm" or placement == "deepnorm",
+            f"--init-scheme deepnorm needs --norm-placement deepnorm, for whose stream factor its gains are made, not "
+            f"{placement}",
+        )
+        require(
+            self.residual.residual_scale == "none" or self.init_scheme in ("megatron", "orthogonal"),
+            f"--residual-scale {self.residual.residual_scale} has initial values of its own, which do not shrink with "
+            f"depth: --init-scheme must be megatron or orthogonal, not {self.init_scheme}",
         )

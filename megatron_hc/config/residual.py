@@ -20,8 +20,15 @@ RESIDUAL_CONNECTIONS = (
     "attention",
     "denseformer",
     "muddformer",
+    "rezero",
+    "layerscale",
+    "laurel",
+    "orthogonal",
+    "sparse-aggregation",
+    "deep-delta",
 )
 
+LaurelForm = Literal["rw", "lr", "pa", "rw-lr", "rw-pa", "lr-pa", "rw-lr-pa"]
 MIXING = ("hyper", "frac", "mhc", "mhc-lite", "kromhc", "virtual-width")
 FLAG_USERS: dict[str, tuple[str, ...]] = {
     "residual_streams": (*MIXING, "gated"),
@@ -34,6 +41,12 @@ FLAG_USERS: dict[str, tuple[str, ...]] = {
     "attention_residual_block_size": ("attention",),
     "denseformer_dilation": ("denseformer",),
     "denseformer_period": ("denseformer",),
+    "layerscale_init": ("layerscale",),
+    "laurel_form": ("laurel",),
+    "laurel_rank": ("laurel",),
+    "laurel_previous": ("laurel",),
+    "orthogonal_form": ("orthogonal",),
+    "output_init_by_streams": ("hyper", "mhc", "mhc-lite", "kromhc", "gated"),
 }
 """Flags that only some residual methods read."""
 
@@ -72,6 +85,30 @@ class ResidualConfig:
     """Pairs of normalisations that make the stream matrix of mhc doubly stochastic."""
     mhc_init_gating_factor: float = 0.01
     """Initial alpha, the scale of the token-dependent part of the weights of mhc, mhc-lite and kromhc."""
+    layerscale_init: float | None = None
+    """Initial value of LayerScale's weights (default: 0.1 up to 18 layers, 1e-5 up to 24, 1e-6 beyond)."""
+    laurel_form: LaurelForm = "rw-lr"
+    """Parts of LAuReL: rw weighs output and stream, lr adds a low-rank map of the stream, pa adds earlier streams."""
+    laurel_rank: int = 4
+    """Rank of the matrices of LAuReL's lr."""
+    laurel_previous: int = 3
+    """Number of streams, the newest included, that LAuReL's pa adds."""
+    orthogonal_form: Literal["feature", "global"] = "feature"
+    """Where orthogonal updates take their scalar products: within a token, or (refused) over all tokens."""
+    residual_scale: Literal["none", "depth-mup", "completep"] = "none"
+    """Factor on sublayers' outputs, (layers / base layers)^-a with a = 1/2 (depth-mup) or 1 (completep), with the rules
+    for learning rates and Adam's epsilon that let both carry over from --base-num-layers."""
+    base_num_layers: int | None = None
+    """With --residual-scale: the number of layers that --lr was tuned at."""
+    stochastic_depth: float = 0.0
+    """Chance that a sublayer of a sample is left out in training: at the last sublayer, growing linearly with depth."""
+    layerdrop: float = 0.0
+    """Chance that a layer of a sample is left out in training, both of its sublayers together."""
+    linearity_regularization: float = 0.0
+    """Weight of the sum over layers of 1 - cosine(stream into, stream out of the layer) in the training loss."""
+    output_init_by_streams: bool = False
+    """Divide the initial weights of sublayers' output matrices by the square root of --residual-streams (HC's option).
+    """
 
     def validate(self, hidden_size: int) -> None:
         require(
@@ -94,6 +131,8 @@ class ResidualConfig:
             )
         if self.residual_connection == "virtual-width":
             self._validate_virtual_width(hidden_size)
+        self._validate_single_stream(hidden_size)
+        self._validate_depth()
 
     def _validate_users(self) -> None:
         """A flag that the method does not read is refused, where it is not at its default."""
@@ -113,6 +152,43 @@ class ResidualConfig:
         require(
             not self.static_residual or self.residual_norm_weight is None,
             "--residual-norm-weight weights a norm that --static-residual takes away: leave it out",
+        )
+
+    def _validate_single_stream(self, hidden_size: int) -> None:
+        positive(self, "layerscale_init", "laurel_rank")
+        require(
+            self.orthogonal_form == "feature",
+            "--orthogonal-form global projects on the stream of all tokens together, so a token would see later ones: "
+            "use feature",
+        )
+        if self.residual_connection != "laurel":
+            return
+        require(
+            self.laurel_rank <= hidden_size,
+            f"--laurel-rank ({self.laurel_rank}) must be at most --hidden-size ({hidden_size})",
+        )
+        require(
+            self.laurel_rank == 4 or "lr" in self.laurel_form,
+            f"--laurel-rank ({self.laurel_rank}) needs a --laurel-form with lr, not {self.laurel_form}",
+        )
+        require(
+            self.laurel_previous == 3 or "pa" in self.laurel_form,
+            f"--laurel-previous ({self.laurel_previous}) needs a --laurel-form with pa, not {self.laurel_form}",
+        )
+        require(self.laurel_previous >= 1, f"--laurel-previous must be at least 1, not {self.laurel_previous}")
+
+    def _validate_depth(self) -> None:
+        positive(self, "base_num_layers")
+        require(
+            (self.residual_scale == "none") == (self.base_num_layers is None),
+            f"--residual-scale ({self.residual_scale}) and --base-num-layers ({self.base_num_layers}) go together: the "
+            "factor is a power of layers / base layers",
+        )
+        for name in ("stochastic_depth", "layerdrop"):
+            require(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1), not {getattr(self, name)}")
+        require(
+            self.linearity_regularization >= 0,
+            f"--linearity-regularization must not be negative, not {self.linearity_regularization}",
         )
 
     def _validate_virtual_width(self, hidden_size: int) -> None:

@@ -46,6 +46,10 @@ class Context(NamedTuple):
     """[B or 1, 1, S, T], true where a query sees a key; None: causal."""
     cache: LayerCache | None = None
     """This layer's cache while generating."""
+    branch_factors: Tensor | None = None
+    """[2 L, B] see ``branch.branch_factors``; None: nothing is left out."""
+    linearity_weights: Tensor | None = None
+    """[S, B] weights of the tokens' terms of --linearity-regularization; None: there are none."""
 
 
 class CoreAttention(nn.Module):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.norm import promote
-from megatron_hc.model.linear import Parts, initial_std
+from megatron_hc.model.initial import initial_of
+from megatron_hc.model.linear import Parts
 from megatron_hc.model.mlp import activated, activation_name
 from megatron_hc.residual import Draw
 
@@ -146,8 +147,8 @@ class ExpertMatrix(nn.Module):
         names = ("gate", "up") if kind == "fc1" and config.swiglu else ("",)
         self.parts = Parts(tuple((name, 1) for name in names))
         sizes = (self.hidden_size, self.width) if kind == "fc1" else (self.width, self.hidden_size)
-        self.stds = {
-            name: initial_std("fc1" if kind == "fc1" else "fc2", name, config, *sizes) for name, _ in self.parts.sizes
+        self.initials = {
+            name: initial_of("fc1" if kind == "fc1" else "fc2", name, config, *sizes) for name, _ in self.parts.sizes
         }
         rows = self.width * len(names)
         self.weight = nn.Parameter(torch.empty(self.num_experts * rows, self.hidden_size))
@@ -162,10 +163,10 @@ class ExpertMatrix(nn.Module):
 
     def _initial_expert(self, expert: int, draw: Draw) -> Tensor:
         if self.kind == "fc2":
-            return draw(f"expert {expert}", (self.hidden_size, self.width), self.stds[""]).t()
+            return self.initials[""].value(draw, f"expert {expert}", (self.hidden_size, self.width)).t()
         shape = (self.width, self.hidden_size)
         return self.parts.merge(
-            {part: draw(f"expert {expert} {part}", shape, std) for part, std in self.stds.items()}
+            {part: how.value(draw, f"expert {expert} {part}", shape) for part, how in self.initials.items()}
         )
 
     def stacked(self, num_experts: int) -> Tensor:

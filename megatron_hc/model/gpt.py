@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.cross_entropy import chunk_logits, linear_cross_entropy, token_losses
 from megatron_hc.model.attention import Context, LayerCache
+from megatron_hc.model.initial import embedding_std
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.linear import NormLayer
 from megatron_hc.model.placement import embedding_norm
@@ -36,7 +37,7 @@ class VocabTable(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, num_rows: int) -> None:
         super().__init__()
         self.vocab_size = vocab_size
-        self.std = config.init_method_std
+        self.std = embedding_std(config)
         self.weight = nn.Parameter(torch.empty(num_rows, config.hidden_size))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class PositionTable(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.std = config.init_method_std
+        self.std = embedding_std(config)
         self.weight = nn.Parameter(torch.empty(config.max_positions, config.hidden_size))
 
     def forward(self, position_ids: Tensor) -> Tensor:

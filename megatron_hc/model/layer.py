@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.model.attention import Attention, Context
+from megatron_hc.model.branch import scaled, with_linearity_penalty
 from megatron_hc.model.moe import build_mlp
 from megatron_hc.model.placement import norm_of, placement_of, read_norm, stream_scale
 from megatron_hc.residual import Carry, Norm, Site, build_residual
@@ -14,11 +15,13 @@ from megatron_hc.residual import Carry, Norm, Site, build_residual
 class TransformerLayer(nn.Module):
     """carry -> read -> attention -> write -> read -> MLP -> write -> carry
 
-    The write is only recorded; the next read, perhaps in the next layer, folds it in.
+    The write is only recorded; the next read, perhaps in the next layer, folds it in. An output may be scaled, or left
+    out, before it is written (``branch.py``).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.placement = placement_of(config, layer)
         self.attention_residual = build_residual(Site("attention", layer, config))
         self.attention_norm = read_norm(config, self.attention_residual, self.placement.attention_read)
@@ -27,13 +30,23 @@ class TransformerLayer(nn.Module):
         self.mlp_norm = read_norm(config, self.mlp_residual, self.placement.mlp_read)
         self.mlp_stream_scale = stream_scale(config)
         self.mlp = build_mlp(config, layer)
+        self.branch_scale = config.branch_scale
 
     def forward(self, carry: Carry, context: Context) -> Carry:
+        weights = context.linearity_weights
+        before = None if weights is None else self.attention_residual.state(carry)
         x, carry = self.attention_residual.read(carry, self.attention_read_norm)
         y, value = self.attention(x, context, first_values=carry.values)
-        carry = self.attention_residual.write(carry, y, value)
+        carry = self.attention_residual.write(carry, self.scaled(y, context, 0), value)
         x, carry = self.mlp_residual.read(carry, self.mlp_read_norm)
-        return self.mlp_residual.write(carry, self.mlp(x))
+        carry = self.mlp_residual.write(carry, self.scaled(self.mlp(x), context, 1))
+        if before is None or weights is None:
+            return carry
+        return with_linearity_penalty(carry, self.mlp_residual, before, weights)
+
+    def scaled(self, output: Tensor, context: Context, sublayer: int) -> Tensor:
+        factors = context.branch_factors
+        return scaled(output, self.branch_scale, None if factors is None else factors[2 * self.layer + sublayer])
 
     @property
     def attention_read_norm(self) -> Norm:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.norm import norm
+from megatron_hc.model.initial import Initial, LinearKind, initial_of
 from megatron_hc.residual import Draw, value_parts
-
-LinearKind = Literal["qkv", "proj", "fc1", "fc2"]
 
 
 class Parts(NamedTuple):
@@ -59,13 +57,13 @@ class Linear(nn.Module):
         out_features: int,
         *,
         bias: bool,
-        stds: Mapping[str, float],
+        initials: Mapping[str, Initial],
         parts: Parts | None,
     ) -> None:
-        """``stds``: standard deviation of the initial values of each part; a weight that is not merged is part ""."""
+        """``initials``: the initial values of each part; a weight that is not merged is part ""."""
         super().__init__()
         self.kind = kind
-        self.stds = stds
+        self.initials = initials
         self.parts = parts
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -92,10 +90,13 @@ class Linear(nn.Module):
         if name == "bias":
             return torch.zeros(out_features)
         if self.parts is None:
-            return draw("", (out_features, in_features), self.stds[""])
+            return self.initials[""].value(draw, "", (out_features, in_features))
         groups = out_features // self.parts.rows_per_group
         return self.parts.merge(
-            {part: draw(part, (groups * count, in_features), self.stds[part]) for part, count in self.parts.sizes}
+            {
+                part: self.initials[part].value(draw, part, (groups * count, in_features))
+                for part, count in self.parts.sizes
+            }
         )
 
 
@@ -116,21 +117,9 @@ def build_linear(kind: LinearKind, config: ModelConfig, layer: int) -> Linear:
         in_features,
         groups * parts.rows_per_group,
         bias=bias or (kind == "qkv" and config.add_qkv_bias),
-        stds={name: initial_std(kind, name, config, in_features, groups * count) for name, count in sizes},
+        initials={name: initial_of(kind, name, config, in_features, groups * count) for name, count in sizes},
         parts=parts if len(sizes) > 1 else None,
     )
-
-
-def initial_std(kind: LinearKind, part: str, config: ModelConfig, in_features: int, out_features: int) -> float:
-    """Standard deviation of the initial values of one logical matrix [out, in].
-
-    ``--init-scheme megatron``: outputs of sublayers are smaller by sqrt(2 L). ``deepnorm`` (arXiv 2203.00555): Xavier's
-    sqrt(2 / (in + out)), and smaller by (8 L)^(1/4) for values, the output projection and all of the MLP.
-    """
-    if config.init_scheme == "megatron":
-        return config.init_method_std / (math.sqrt(2 * config.num_layers) if kind in ("proj", "fc2") else 1)
-    gain = 1.0 if kind == "qkv" and part != "v" else (8 * config.num_layers) ** -0.25
-    return gain * math.sqrt(2 / (in_features + out_features))
 
 
 class NormLayer(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig, MoEConfig
 from megatron_hc.model.experts import Experts, arrange, combine, dispatch, weights_of_rows
-from megatron_hc.model.linear import initial_std
+from megatron_hc.model.initial import initial_of
 from megatron_hc.model.mlp import MLP
 from megatron_hc.model.placement import output_norm, placement_of
 from megatron_hc.model.router import Router, Routing
@@ -74,14 +74,14 @@ class SharedExpertGate(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.std = initial_std("fc1", "", config, config.hidden_size, 1)
+        self.initial_values = initial_of("fc1", "", config, config.hidden_size, 1)
         self.weight = nn.Parameter(torch.empty(1, config.hidden_size))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y * (x.to(self.weight.dtype) @ self.weight.t()).sigmoid().to(y.dtype)
 
     def initial(self, name: str, draw: Draw) -> Tensor:
-        return draw("", tuple(self.weight.shape), self.std)
+        return self.initial_values.value(draw, "", (1, self.weight.shape[1]))
 
 
 def build_mlp(config: ModelConfig, layer: int) -> MLP | MoE:

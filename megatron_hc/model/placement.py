@@ -42,6 +42,7 @@ REORDERED = NormPlacement("none", "none", attention_output=True, mlp_output=True
 PERI = NormPlacement(attention_output=True, mlp_output=True)
 NORMFORMER = NormPlacement(attention_output=True, mlp_inner=True, scales_heads=True)
 COSINE = REORDERED._replace(heads="cosine")
+NONE = NormPlacement("none", "none")
 
 NORM_PLACEMENTS: dict[str, tuple[NormPlacement, NormPlacement]] = {
     "pre": (PRE, PRE),
@@ -53,6 +54,7 @@ NORM_PLACEMENTS: dict[str, tuple[NormPlacement, NormPlacement]] = {
     "peri": (PERI, PERI),
     "normformer": (NORMFORMER, NORMFORMER),
     "res-post-cosine": (COSINE, COSINE),
+    "none": (NONE, NONE),
 }
 """--norm-placement -> (first layer, all others). All have a final norm.
 
@@ -69,6 +71,8 @@ hybrid          Y = x + attention(x) with norms     HybridNorm (2503.04598); q, 
 hybrid-star     hybrid, but in the first layer Y = x + attention(N(x)), x' = Y + MLP(N(Y))
 res-post-cosine reordered, with scores              Swin v2 (2111.09883): t per head, learned as log(1 / t), 0.1 at the
                 cos(q, k) / t                       start and at least 0.01
+none            x' = x + F(x)                       Fixup (1901.09321), T-Fixup, ReZero (2003.04887), with their initial
+                                                    values; only the final norm is left
 
 Only pre equals pre-norm at the start. Parameters: a norm of width C, or 3 of width H, or 1 of the MLP's width, for each
 N beyond pre's; Q for s and t; C for r. None changes what crosses a boundary.

@@ -12,15 +12,16 @@ import hashlib
 import math
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig, MoEConfig
+from megatron_hc.kernels.attach import attach_loss
 from megatron_hc.kernels.norm import promote
-from megatron_hc.model.linear import initial_std
+from megatron_hc.model.initial import initial_of
 from megatron_hc.residual import Draw
 
 SINKHORN_TOLERANCE, SINKHORN_EPS, SINKHORN_LIMIT = 1e-4, 1e-8, 1000
@@ -134,24 +135,6 @@ class Remembering:
             router.memory = None
 
 
-class _Attach(torch.autograd.Function):
-    """Hand on ``x``; in the backward pass the loss gets the gradient ``share``.
-
-    So a loss made inside the model joins the step's loss without being passed to its end, which may be on another
-    pipeline stage.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, share: float) -> Tensor:
-        ctx.share, ctx.like = share, (loss.dtype, loss.device)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        dtype, device = ctx.like
-        return grads[0], torch.full((), ctx.share, dtype=dtype, device=device), None
-
-
 class Router(nn.Module):
     """logits = W x -> chosen experts, weights (Megatron-LM's semantics; see docs/moe.md for the equations).
 
@@ -168,7 +151,7 @@ class Router(nn.Module):
         assert self.options.num_experts is not None
         self.num_experts, self.layer = self.options.num_experts, layer
         self.dtype = torch.float64 if self.options.moe_router_dtype == "fp64" else torch.float32
-        self.std = initial_std("fc1", "", config, config.hidden_size, self.num_experts)
+        self.initial_values = initial_of("fc1", "", config, config.hidden_size, self.num_experts)
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         has_bias = self.options.moe_router_enable_expert_bias
         self.register_buffer("expert_bias", torch.zeros(self.num_experts) if has_bias else None)
@@ -177,7 +160,7 @@ class Router(nn.Module):
         self.memory: Memory | None = None
 
     def initial(self, name: str, draw: Draw) -> Tensor:
-        return draw("", tuple(self.weight.shape), self.std)
+        return self.initial_values.value(draw, "", (self.weight.shape[0], self.weight.shape[1]))
 
     def forward(self, x: Tensor) -> Routing:
         """x [S, B, C], this process's part of the sequence -> where its tokens go."""
@@ -318,7 +301,7 @@ class Router(nn.Module):
         loss = logits.logsumexp(-1).square().sum() / num_tokens
         if is_first:
             self.step.log("z_loss", loss)
-        return _Attach.apply(logits, loss * coefficient, self.step.loss_share)
+        return attach_loss(logits, loss * coefficient, self.step.loss_share)
 
     def _with_balancing_losses(self, weights: Tensor, logits: Tensor, decision: Decision, is_first: bool) -> Tensor:
         """coefficient * E / k * sum_e f_e P_e: f_e choices of expert e per token, P_e its mean probability.
@@ -337,7 +320,7 @@ class Router(nn.Module):
                 loss = (share * (scores.sum(0) / num_tokens)).sum() * factor
             if is_first:
                 self.step.log(LOSS_NAMES[kind], loss)
-            weights = _Attach.apply(weights, loss * self.options.aux_loss_coeff(kind), self.step.loss_share)
+            weights = attach_loss(weights, loss * self.options.aux_loss_coeff(kind), self.step.loss_share)
         return weights
 
     def _jittered(self, x: Tensor, call: int) -> Tensor:

@@ -96,6 +96,7 @@ class DataParallelOptimizer:
             torch.zeros_like(master),
             is_apart=is_apart,
             is_fully_sharded=is_fully_sharded,
+            eps_mult=group["eps_mult"],
         )
 
     def _sharding_of(self, placement: Placement) -> Sharding:
@@ -167,11 +168,11 @@ class DataParallelOptimizer:
         self.num_steps += 1
         zeros = round(float(self._total(num_zeros, (slot.grad for slot in self.slots)))) if count_zeros else None
         clip = clip_coefficient(grad_norm, self.config.clip_grad)
-        kinds: dict[tuple[bool, float, torch.dtype], list[Slot]] = {}
+        kinds: dict[tuple[bool, float, float, torch.dtype], list[Slot]] = {}
         for slot in self.slots:
             if slot.master.numel() > 0:
-                kinds.setdefault((slot.decays, slot.lr_mult, slot.master.dtype), []).append(slot)
-        for (decays, lr_mult, _), slots in kinds.items():
+                kinds.setdefault((slot.decays, slot.lr_mult, slot.eps_mult, slot.master.dtype), []).append(slot)
+        for (decays, lr_mult, eps_mult, _), slots in kinds.items():
             grads = [slot.grad for slot in slots if slot.grad is not None]
             if clip < 1.0:
                 torch._foreach_mul_(grads, clip)
@@ -183,7 +184,7 @@ class DataParallelOptimizer:
                 step=self.num_steps,
                 lr=learning_rate * lr_mult,
                 betas=(self.config.adam_beta1, self.config.adam_beta2),
-                eps=self.config.adam_eps,
+                eps=self.config.adam_eps * eps_mult,
                 weight_decay=weight_decay if decays else 0.0,
             )
         self.update_parameters()

@@ -33,6 +33,8 @@ class MicroBatch(NamedTuple):
     """Each token's share of the global batch's loss: the loss of a step is the sum of weight times cross entropy."""
     position_ids: Tensor | None = None
     document_ids: Tensor | None = None
+    branch_factors: Tensor | None = None
+    """[2 L, B] what stochastic depth and LayerDrop leave out; None: nothing."""
 
 
 class Crossing(NamedTuple):
@@ -84,6 +86,7 @@ class Stage:
         self.first, self.end = layout.bounds[index]
         self.is_first, self.is_last = index == 0, index == layout.num_stages - 1
         tp = mesh.size("tp")
+        self.sequence_parts, self.sequence_part = (tp, mesh.rank("tp")) if mesh.sequence_parallel else (1, 0)
         self.entrance = self.entrance_of(config, layout, index, tp)
         self.exit = () if self.is_last else self.entrance_of(config, layout, index + 1, tp)
         self.method = _method(config.model)
@@ -107,10 +110,21 @@ class Stage:
             carry = unflatten(inputs, [crossing.spec for crossing in self.entrance])
         if self.end > self.first:
             layers = [model.layers[str(layer)] for layer in range(self.first, self.end)]
-            carry = model.run(layers, carry, model.context(positions, batch.document_ids))  # type: ignore[arg-type]
+            context = model.context(positions, batch.document_ids)._replace(
+                branch_factors=batch.branch_factors, linearity_weights=self._linearity_weights(batch)
+            )
+            carry = model.run(layers, carry, context)  # type: ignore[arg-type]
         if self.is_last:
             return (model.output.loss(model.close(carry), batch.labels, batch.weights),)
         return self._leave(carry)
+
+    def _linearity_weights(self, batch: MicroBatch) -> Tensor | None:
+        """[S, B] of this rank's part of the sequence, in training."""
+        coefficient = self.model.config.residual.linearity_regularization
+        if not coefficient or not torch.is_grad_enabled():
+            return None
+        weights = batch.weights.t() * coefficient
+        return weights.chunk(self.sequence_parts)[self.sequence_part]
 
     def _leave(self, carry: Carry) -> tuple[Tensor, ...]:
         num_values = sum(crossing.spec.kind == "values" for crossing in self.exit)

@@ -16,10 +16,14 @@ from megatron_hc.residual.base import (
     unflatten,
 )
 from megatron_hc.residual.depth import AttentionResidual, DenseFormer
+from megatron_hc.residual.directional import DeepDelta, OrthogonalUpdate
 from megatron_hc.residual.gated import GatedResidual
 from megatron_hc.residual.hyper import FracConnection, HyperConnection
+from megatron_hc.residual.laurel import Laurel
 from megatron_hc.residual.manifold import KroneckerConnection, ManifoldConnection, PermutationConnection
 from megatron_hc.residual.mudd import MuddFormer
+from megatron_hc.residual.scaled import LayerScale, ReZero
+from megatron_hc.residual.sparse import SparseAggregation
 from megatron_hc.residual.value import (
     VALUE_RESIDUALS,
     ValueResidual,
@@ -42,6 +46,12 @@ RESIDUALS: dict[str, type[Residual]] = {
     "attention": AttentionResidual,
     "denseformer": DenseFormer,
     "muddformer": MuddFormer,
+    "rezero": ReZero,
+    "layerscale": LayerScale,
+    "laurel": Laurel,
+    "orthogonal": OrthogonalUpdate,
+    "sparse-aggregation": SparseAggregation,
+    "deep-delta": DeepDelta,
 }
 
 

@@ -177,6 +177,14 @@ class Residual(nn.Module):
         values = carry.values if value is None else (*carry.values, value)
         return carry._replace(pending=(output, carry.mix), mix=None, values=values)
 
+    def state(self, carry: Carry) -> Tensor:
+        """The carry as one vector per token, [S, B, C] in at least fp32: the mean of the streams, all outputs in it."""
+        return self.merged(self.settle(carry))
+
+    def merged(self, carry: Carry) -> Tensor:
+        """``state`` of a settled carry; no parameters, token-wise."""
+        return carry.stream.to(promote(carry.stream.dtype)).mean(2)
+
     def stream_dtype(self, hidden: Tensor) -> Tensor:
         return hidden.to(promote(hidden.dtype)) if self.fp32_stream else hidden
 

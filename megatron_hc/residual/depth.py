@@ -139,6 +139,11 @@ class AttentionResidual(Residual):
         weights = key_scores(query, sources, self.eps).softmax(-1)  # [S, B, J]
         return weighted_sum(weights.unsqueeze(2), sources).squeeze(2), carry
 
+    def merged(self, carry: Carry) -> Tensor:
+        """The sum of all outputs so far, which is pre-norm's stream."""
+        wide = promote(carry.stream.dtype)
+        return torch.stack([source.squeeze(2).to(wide) for source in (*carry.history, carry.stream)]).sum(0)
+
     def write(self, carry: Carry, output: Tensor, value: Tensor | None = None) -> Carry:
         """The first output of a block is a new source; the others wait to be added to the newest one."""
         carry = super().write(carry, output, value)

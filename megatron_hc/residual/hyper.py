@@ -140,5 +140,8 @@ class FracConnection(_StaticDynamicMix):
     def open(self, hidden: Tensor) -> Carry:
         return Carry(stream=self.stream_dtype(hidden).unflatten(-1, (self.num_streams(), -1)))
 
+    def merged(self, carry: Carry) -> Tensor:
+        return carry.stream.flatten(2).to(promote(carry.stream.dtype))
+
     def read_out(self, stream: Tensor) -> Tensor:
         return stream.flatten(2)

@@ -103,6 +103,11 @@ class VirtualWidth(LinearMix):
         d_write = self.scale_beta.to(dtype) * beta.transpose(-1, -2)
         return Mix(read=read + d_read, write=write + d_write, keep=keep + d_keep)
 
+    def merged(self, carry: Carry) -> Tensor:
+        """The mean of each fraction's copies, joined."""
+        wide = carry.stream.to(promote(carry.stream.dtype))
+        return torch.cat([wide[:, :, i :: self.num_fractions].mean(2) for i in range(self.num_fractions)], dim=-1)
+
     def read_out(self, stream: Tensor) -> Tensor:
         if self.reduce is not None:
             x = stream.flatten(2)  # [S, B, N * D]

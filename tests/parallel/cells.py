@@ -15,6 +15,7 @@ from megatron_hc.config import (
     HEAD_NORM_PLACEMENTS,
     NO_READ_NORM_PLACEMENTS,
     OWN_NORM_CONNECTIONS,
+    REPLACEABLE_CONNECTIONS,
     REPLACING_PLACEMENTS,
     flag,
 )
@@ -48,8 +49,17 @@ OVERLAP = ("no", "yes")
 VALUES = {name: f"--value-residual {name}" for name in VALUE_RESIDUALS} | {"single": "--single-layer-value"}
 NORMS = {name: f"--norm-placement {name}" for name in NORM_PLACEMENTS} | {"qk": "--qk-layernorm"}
 NORMS["deepnorm"] += " --init-scheme deepnorm"
-ALIKE = {"deepnorm": "post", "hybrid-star": "hybrid", "half": "constant", "sparse": "constant"}
+ALIKE = {"deepnorm": "post", "hybrid-star": "hybrid", "half": "constant", "sparse": "constant", "none": "reordered"}
 """What differs from another value by constants, or in one layer, takes turns with it in the covering array."""
+TURNS = {
+    "rezero": "plain",
+    "layerscale": "plain",
+    "orthogonal": "plain",
+    "deep-delta": "kromhc",
+    "laurel": "gated",
+    "sparse-aggregation": "denseformer",
+}
+"""Methods that add nothing to what a layout has to do, and take turns with another one in the covering array."""
 RECOMPUTE = {
     "none": "",
     "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
@@ -82,7 +92,7 @@ FACTORS: dict[str, Sequence[str]] = {
     "axes": list(AXES),
     "strategy": list(STRATEGIES),
     "overlap": OVERLAP,
-    "method": list(RESIDUALS),
+    "method": [name for name in RESIDUALS if name not in TURNS],
     "norm": [name for name in NORMS if name not in ALIKE],
     "value": [name for name in VALUES if name not in ALIKE],
     "recompute": list(RECOMPUTE),
@@ -108,7 +118,7 @@ def allows(row: Row) -> bool:
         return False
     method, norm = row.get("method"), row.get("norm")
     if method and norm:
-        if norm in REPLACING_PLACEMENTS and method != "plain":
+        if norm in REPLACING_PLACEMENTS and method not in REPLACEABLE_CONNECTIONS:
             return False
         if norm in NO_READ_NORM_PLACEMENTS and method in OWN_NORM_CONNECTIONS:
             return False
@@ -154,13 +164,17 @@ def cell_of(row: Row, form: int = 0, **options: Any) -> Cell:
 @cache
 def covering_rows() -> tuple[tuple[Row, int], ...]:
     """The covering array, each row with the number of a form of its method; forms and what is alike take turns."""
-    turns: dict[str, Iterator[Any]] = {method: itertools.cycle(range(len(forms(method)))) for method in RESIDUALS}
+    turns: dict[str, Iterator[Any]] = {}
+    for name in FACTORS["method"]:
+        same = [name, *(other for other, alike in TURNS.items() if alike == name)]
+        turns[name] = itertools.cycle([(method, form) for method in same for form in range(len(forms(method)))])
     for name in set(ALIKE.values()):
         turns[name] = itertools.cycle([name, *(other for other, same in ALIKE.items() if same == name)])
     found = []
     for row in pairwise(FACTORS, allows, apart=[("norm", "value")], seed=1, tries=20):
         taken = {name: next(turns[row[name]]) if row[name] in turns else row[name] for name in ("norm", "value")}
-        found.append((row | taken, next(turns[row["method"]])))
+        method, form = next(turns[row["method"]])
+        found.append((row | taken | {"method": method}, form))
     return tuple(found)
 
 

@@ -60,7 +60,6 @@ def test_initial_values_of_deepnorm() -> None:
     size = {"hidden_size": 64, "ffn_hidden_size": 96, "norm_placement": "deepnorm"}
     deep = build(small_config(init_scheme="deepnorm", **size), "fp32").stage_layers()[1]
     normal = build(small_config(**size), "fp32").stage_layers()[1]
-    assert isinstance(deep.attention.linear_qkv.stds, dict)
     gain, std = (8 * 3) ** -0.25, 0.3
     per_group = {"q": 2 * 16, "k": 16, "v": 16}
     expected = {"q": math.sqrt(2 / 128), "k": math.sqrt(2 / 96), "v": gain * math.sqrt(2 / 96)}

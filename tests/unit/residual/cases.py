@@ -107,6 +107,16 @@ FORMS: dict[str, list[tuple[str, Claim, dict[str, Any], dict[str, Any]]]] = {
         ("", "exact", {}, {}),
         ("layernorm", "exact", {}, {"normalization": "LayerNorm", "qk_layernorm": True}),
     ],
+    "rezero": [("", "nothing", {}, {})],
+    "layerscale": [("", "nothing", {}, {})],
+    "laurel": [  # its other forms are in test_single.py
+        ("rw-lr", "nothing", {}, {}),
+        ("pa", "exact", {"laurel_form": "pa"}, {}),
+        ("rw-lr-pa-2", "nothing", {"laurel_form": "rw-lr-pa", "laurel_previous": 2}, {}),
+    ],
+    "orthogonal": [("", "nothing", {}, {})],
+    "sparse-aggregation": [("5-layers", "exact", {}, {"num_layers": 5})],
+    "deep-delta": [("", "nothing", {}, {})],
 }
 
 ADDITIONS: dict[str, dict[str, Any]] = {
@@ -134,6 +144,9 @@ ADDITIONS: dict[str, dict[str, Any]] = {
     "normformer": {"norm_placement": "normformer"},
     "normformer-scale": {"norm_placement": "normformer", "normformer_residual_scale": True},
     "res-post-cosine": {"norm_placement": "res-post-cosine"},
+    "none": {"norm_placement": "none"},
+    "depth-mup": {"residual": {"residual_scale": "depth-mup", "base_num_layers": 2}},
+    "completep": {"residual": {"residual_scale": "completep", "base_num_layers": 1}, "normalization": "LayerNorm"},
     "hybrid-neutreno": {"norm_placement": "hybrid", "value_residual": "neutreno"},
     "normformer-dense": {"norm_placement": "normformer", "value_residual": "dense", "normalization": "LayerNorm"},
 }
@@ -156,6 +169,11 @@ COMBINATIONS: tuple[tuple[str, str], ...] = (
     ("muddformer", "per-token"),
     ("muddformer", "dense"),
     ("muddformer", "peri"),
+    ("hyper", "completep"),
+    ("layerscale", "peri"),
+    ("laurel", "dense"),
+    ("sparse-aggregation", "single-layer-value"),
+    ("deep-delta", "reordered"),
 )
 """(method, addition) of the default run; all allowed ones are tested under ``slow``."""
 
@@ -165,6 +183,7 @@ COMPILED = (("plain", "post"), ("plain", "peri"), ("hyper", "dense"), ("mhc", "p
 def combined(method: str, addition: str) -> Case:
     _, _, residual, model = FORMS.get(method, [("", "nothing", {}, {})])[0]
     model = {**model, **ADDITIONS[addition]}
+    residual = {**residual, **model.pop("residual", {})}
     claim: Claim = "exact" if method == "plain" else "unstated"
     is_main = (method, addition) in COMPILED
     return Case(f"{method}-{addition}", claim, {"residual_connection": method, **residual}, model, is_main)

@@ -62,7 +62,7 @@ def test_every_method_has_a_reference_and_a_claim() -> None:
     assert set(RESIDUALS) == set(FORMS), "a registered method needs a stated claim about its initial values"
     assert set(RESIDUALS) == set(RESIDUAL_CONNECTIONS), "config.py and the registry disagree"
     placements_of = typing.get_args(typing.get_type_hints(ModelConfig)["norm_placement"])
-    tested = {name: {getattr(Case("", "exact", {}, a).config(), name) for a in ADDITIONS.values()} for name in AXES}
+    tested = {name: {getattr(combined("plain", a).config(), name) for a in ADDITIONS} for name in AXES}
     assert tested["norm_placement"] == set(placements_of), "a norm placement needs a line in ADDITIONS"
     assert tested["value_residual"] == set(VALUE_RESIDUALS), "a value residual needs a line in ADDITIONS"
     assert all(is_allowed(combined(*pair)) for pair in COMBINATIONS)
@@ -93,7 +93,9 @@ def test_stated_equality_with_the_plain_residual_at_the_start(case: Case) -> Non
         return
     changes = {"norm_epsilon": 0.0} if case.claim == "without eps" else {}
     model, tokens = build(case.config(**changes)), random_tokens()
-    plain = build(small_config(**{**case.model, **changes}))
+    kept = ("residual_scale", "base_num_layers")
+    residual = {name: case.residual[name] for name in kept if name in case.residual}
+    plain = build(small_config(residual, **{**case.model, **changes}))
     difference = (model(tokens) - plain(tokens)).abs().max().item()
     if case.claim == "nothing":
         assert difference > 1e-6, "equals the plain residual: state it"
@@ -359,6 +361,15 @@ OLMO_1B = {"num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_
             OLMO_1B,
             sum(4 * J * 2048 + 16 * J * J + 4 * J + 2 * 2048 for J in range(2, 17)) + 4 * 17 * 2048 + 4 * 17 * 17 + 17,
         ),
+        ({"residual_connection": "rezero"}, OLMO_1B, 32),
+        ({"residual_connection": "layerscale"}, OLMO_1B, 32 * 2048),
+        ({"residual_connection": "laurel"}, OLMO_1B, 32 * (2 + 2 * 4 * 2048)),
+        ({"residual_connection": "laurel", "laurel_form": "pa"}, OLMO_1B, 1 + 2 + 30 * 3),
+        ({"residual_connection": "laurel", "laurel_form": "lr-pa"}, OLMO_1B, (1 + 2 + 30 * 3) * (1 + 2 * 4 * 2048)),
+        ({"residual_connection": "orthogonal"}, OLMO_1B, 0),
+        # floor(log2(k + 1)) + 1 for the reads k = 1 .. 32
+        ({"residual_connection": "sparse-aggregation"}, OLMO_1B, 2 * 2 + 4 * 3 + 8 * 4 + 16 * 5 + 2 * 6),
+        ({"residual_connection": "deep-delta"}, OLMO_1B, 32 * (2 * 2048 + 2)),
     ],
 )
 def test_parameter_counts(residual: dict[str, object], shape: dict[str, object], expected: int) -> None:
@@ -418,6 +429,12 @@ DECAYS: dict[str, set[str]] = {
     "attention": set(),
     "denseformer": set(),
     "muddformer": {"w1", "w2"},
+    "rezero": set(),
+    "layerscale": set(),
+    "laurel": {"low", "high"},
+    "orthogonal": set(),
+    "sparse-aggregation": set(),
+    "deep-delta": {"projection"},
 }
 """Matrices of token-dependent projections decay; static matrices, scales, biases and 1-D parameters do not."""
 

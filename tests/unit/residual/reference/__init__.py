@@ -10,6 +10,7 @@ from megatron_hc.config import ModelConfig
 from reference.decoder import Decoder, Method
 from reference.depth import AttentionResiduals, DenseFormer, MuddFormer
 from reference.manifold import MHC, KromHC, MHCLite, SinglePassMHC
+from reference.single import DeepDelta, Laurel, Orthogonal, Scaled, SparseAggregation
 from reference.streams import Frac, Hyper, Plain
 from reference.wide import Gated, VirtualWidth
 
@@ -30,6 +31,12 @@ REFERENCES: dict[str, Callable[[ModelConfig, Mapping[str, Tensor]], Method]] = {
     "attention": AttentionResiduals,
     "denseformer": DenseFormer,
     "muddformer": MuddFormer,
+    "rezero": Scaled,
+    "layerscale": Scaled,
+    "laurel": Laurel,
+    "orthogonal": Orthogonal,
+    "sparse-aggregation": SparseAggregation,
+    "deep-delta": DeepDelta,
 }
 
 

@@ -110,9 +110,18 @@ class Decoder:
                 y = self.attention(x, k // 2, values)
             if config.norm_placement in OUTPUT_NORMS or (config.norm_placement == "normformer" and k % 2 == 0):
                 y = self.norm(y, f"{layer}.{kind}.output_norm")
-            state = method.write(state, k, y)
+            state = method.write(state, k, y * self.branch_scale)
         hidden = method.close(state)
         return hidden if method.norms_itself(2 * config.num_layers) else self.norm(hidden, "final_norm")
+
+    @property
+    def branch_scale(self) -> float:
+        """CompleteP's m^-a (arXiv 2505.01618), m = layers / base layers."""
+        options = self.config.residual
+        if options.base_num_layers is None:
+            return 1.0
+        ratio = self.config.num_layers / options.base_num_layers
+        return {"depth-mup": 1 / math.sqrt(ratio), "completep": 1 / ratio}[options.residual_scale]
 
     def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor, vocab_size: int) -> Tensor:
         """hidden [S, B, C], labels and weights [B, S] -> sum of weighted cross entropies; padding rows do not exist."""
@@ -216,7 +225,7 @@ def read_rule(placement: str, k: int) -> str:
     """What the norm at the read of sublayer k does: 'keeps' the stream, 'replaces' it, or there is 'none'."""
     if placement in ("pre", "peri", "normformer") or (placement == "hybrid-star" and k < 2):
         return "keeps"
-    if placement in ("reordered", "res-post-cosine"):
+    if placement in ("reordered", "res-post-cosine", "none"):
         return "none"
     if placement in ("post", "deepnorm"):  # N(x + F(x)): the norm of sublayer k - 1
         return "replaces" if k > 0 else "none"
