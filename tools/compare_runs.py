@@ -25,7 +25,8 @@ from megatron_hc.cli import exit_on_user_error
 Points = list[tuple[float, float]]
 
 COLOURS = (("#0b62c4", "#6cb0ff"), ("#c2410c", "#ff9f5a"), ("#15803d", "#5fd38a"), ("#7e22ce", "#c79bff"),
-           ("#a16207", "#e6c34f"), ("#be185d", "#ff86bd"), ("#0f766e", "#4fd1c5"), ("#475569", "#a9b7c9"))  # fmt: skip
+           ("#a16207", "#e6c34f"), ("#be185d", "#ff86bd"), ("#0f766e", "#4fd1c5"), ("#475569", "#a9b7c9"),
+           ("#7c2d12", "#d9a08a"), ("#4d7c0f", "#b6e05a"), ("#1e3a8a", "#93a8ff"), ("#86198f", "#f0a6f7"))  # fmt: skip
 """Of each run, on light and on dark."""
 
 
@@ -157,11 +158,16 @@ h3 { font-size: 1rem; margin: .4rem 0; border-left: 4px solid var(--c); padding-
 """
 
 
+def style(num_runs: int) -> str:
+    """The style sheet with a colour --c0, --c1, ... for every run, on light and on dark."""
+    light, dark = (
+        " ".join(f"--c{i}: {COLOURS[i % len(COLOURS)][tone]};" for i in range(num_runs)) for tone in (0, 1)
+    )
+    return STYLE.replace("LIGHT", light).replace("DARK", dark)
+
+
 def page(runs: Sequence[Run], title: str) -> str:
     """The whole HTML document."""
-    light = " ".join(f"--c{i}: {COLOURS[i % len(COLOURS)][0]};" for i in range(len(runs)))
-    dark = " ".join(f"--c{i}: {COLOURS[i % len(COLOURS)][1]};" for i in range(len(runs)))
-    style = STYLE.replace("LIGHT", light).replace("DARK", dark)
     settings = ", ".join(f"{html.escape(name)} {value}" for name, value in runs[0].settings.items())
     samples = "".join(
         f'<figure style="--c: var(--c{i})"><h3>{html.escape(run.name)}</h3>'
@@ -171,7 +177,7 @@ def page(runs: Sequence[Run], title: str) -> str:
     )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{style}</style>
+<title>{html.escape(title)}</title><style>{style(len(runs))}</style>
 <h1>{html.escape(title)}</h1>
 <p>{verdict(runs)} {fairness(runs)}</p>
 <h2>Loss</h2>{legend(runs)}<figure>{curves(runs)}<figcaption>Training loss (lines) and validation loss (points) over the
