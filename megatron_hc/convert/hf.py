@@ -17,7 +17,7 @@ from megatron_hc.cli_options import dump, from_flat, options
 from megatron_hc.config import DataConfig, ModelConfig, TrainConfig
 from megatron_hc.convert import tokenizers
 from megatron_hc.convert.checkpoints import FILE_BYTES, Folder, new_folder
-from megatron_hc.convert.custom import write_code
+from megatron_hc.convert.custom import name_of, write_code
 from megatron_hc.convert.families import arguments_of, config_of, family_of, model_type_of, reasons_against
 from megatron_hc.convert.names import NAMES, Names
 from megatron_hc.convert.pieces import Piece, all_pieces
@@ -214,7 +214,7 @@ def export_hf(load: str, save: str, *, step: int | None, family: str | None, opt
 
 
 def _as_it_is(name: str, shape: tuple[int, ...]) -> Piece:
-    return Piece(name, ((f"model.{name}", shape),), lambda parts: parts[0], lambda whole: (whole,))
+    return Piece(name, ((name_of(name), shape),), lambda parts: parts[0], lambda whole: (whole,))
 
 
 def _chosen_family(model: ModelConfig, asked: str | None) -> str | None:
@@ -246,7 +246,7 @@ def _check_ours(source: Folder, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _write_weights(source: Folder, pieces: list[Piece], target: Path, options: Options) -> str:
-    """Write all tensors; returns the name of their dtype (of the widest, should they differ)."""
+    """Write all tensors; returns the name of the embedding's dtype: norms may be wider."""
 
     def dtype_of(piece: Piece) -> torch.dtype:
         return options.dtype or source.specs[f"model.{piece.ours}"].dtype
@@ -259,4 +259,5 @@ def _write_weights(source: Folder, pieces: list[Piece], target: Path, options: O
             for (name, _), tensor in zip(piece.theirs, tensors, strict=True):
                 writer.write(name, tensor)
     writer.write_index()
-    return str(dtype_of(pieces[0])).removeprefix("torch.")
+    (embedding,) = (piece for piece in pieces if piece.ours == "embedding.weight")
+    return str(dtype_of(embedding)).removeprefix("torch.")

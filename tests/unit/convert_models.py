@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import helpers
 import torch
 from torch import Tensor
+
+from megatron_hc import checkpoint
+from megatron_hc.cli_options import dump
+from megatron_hc.config import DataConfig, ModelConfig, TrainConfig
+from megatron_hc.convert.hf import fresh_state, origins_of
+from megatron_hc.mesh import Mesh
+from megatron_hc.model.gpt import GPT
+from megatron_hc.parallel.plan import placements
+from megatron_hc.state import model_tensors
 
 VOCAB = 131
 LLAMA: dict[str, Any] = {
@@ -77,3 +87,13 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def tokens(vocab_size: int = VOCAB) -> Tensor:
     return torch.randint(0, vocab_size, (2, 64), generator=torch.Generator().manual_seed(3))
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, precision: str = "fp32", scale: float = 0.3) -> GPT:
+    """A checkpoint of ours with random weights, of a model for ``helpers.VOCAB`` tokens; returns the model."""
+    data = DataConfig(tokenizer_type="NullTokenizer", vocab_size=helpers.VOCAB - 1)
+    run = TrainConfig(model=config, data=data, training=helpers.TRAINING[precision])
+    model = helpers.randomise(helpers.build(config, precision), scale=scale)
+    tensors = model_tensors(model, placements(model, Mesh()))
+    checkpoint.save(folder, 0, tensors, fresh_state(), dump(run, origins_of(run)), mesh=Mesh())
+    return model

@@ -66,7 +66,11 @@ ALWAYS_THERE = {"torch", "numpy", "packaging", "yaml", "safetensors", "sentencep
 TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
 TORCH_FREE += ("launch",)
 
+COPIED = "convert/hf_code/"
+"""Files that are copied beside exported weights and never imported here."""
+
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+FILES = [file for file in FILES if not file.startswith(COPIED)]
 
 
 def part_of(file: str) -> str:

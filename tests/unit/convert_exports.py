@@ -1,0 +1,55 @@
+"""Run as a program of its own, without megatron_hc: load exported folders, compare their logits, generate.
+
+python convert_exports.py CASES.json RESULTS.json; a case is a folder with expected.safetensors (tokens, logits) in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def check(folder: Path) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    expected = load_file(folder / "expected.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens = expected["tokens"]
+    with torch.no_grad():
+        logits = model(tokens).logits
+        padded = torch.cat((torch.zeros_like(tokens[:1, :3]), tokens[:1, :5]), dim=1)
+        mask = torch.tensor([[0] * 3 + [1] * 5])
+        shifted = model(padded, attention_mask=mask).logits[:, 3:]
+        alone = model(tokens[:1, :5]).logits
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones(2, 5)}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
+        cached = model.generate(tokens[:, :5], **options)
+        uncached = model.generate(tokens[:, :5], use_cache=False, **options)
+    steps = zip(cached.logits, uncached.logits, strict=True)
+    return {
+        "error": float((logits - expected["logits"]).abs().max()),
+        "padding": float((shifted - alone).abs().max()),
+        "cache": max(float((a - b).abs().max()) for a, b in steps),
+        "same_text": bool(cached.sequences.equal(uncached.sequences)),
+        "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        "dtypes": sorted({str(p.dtype) for p in model.parameters()}),
+    }
+
+
+def main() -> None:
+    results = {}
+    for folder in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            results[folder] = check(Path(folder))
+        except Exception as error:
+            results[folder] = {"failed": f"{type(error).__name__}: {error}"}
+    assert "megatron_hc" not in sys.modules
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
