@@ -84,7 +84,7 @@ def custom_config(model: ModelConfig, vocab_size: int, dtype: str) -> dict[str, 
         "residual_options": residual_options(model),
         "fp32_residual": model.fp32_residual_connection,
         "stream_factor": model.residual_stream_factor,
-        "branch_scale": getattr(model, "branch_scale", 1.0),
+        "branch_scale": model.branch_scale,
         **value_config(model),
         **expert_config(model),
     }
@@ -95,7 +95,7 @@ def residual_options(model: ModelConfig) -> dict[str, Any]:
     options = model.residual
     method = options.residual_connection
     if method in ("hyper", "frac", "mhc", "mhc-lite", "kromhc", "virtual-width"):
-        found = {"streams": options.residual_streams, "static": options.static_residual}
+        found: dict[str, Any] = {"streams": options.residual_streams, "static": options.static_residual}
         found["readout"] = options.residual_readout
         if method in ("hyper", "frac", "virtual-width"):
             chosen = options.residual_norm_weight
@@ -114,11 +114,7 @@ def residual_options(model: ModelConfig) -> dict[str, Any]:
     if method == "denseformer":
         return {"dilation": options.denseformer_dilation, "period": options.denseformer_period}
     if method == "laurel":
-        return {
-            "form": options.laurel_form,  # type: ignore[attr-defined]
-            "rank": options.laurel_rank,  # type: ignore[attr-defined]
-            "previous": options.laurel_previous,  # type: ignore[attr-defined]
-        }
+        return {"form": options.laurel_form, "rank": options.laurel_rank, "previous": options.laurel_previous}
     return {}
 
 
