@@ -96,11 +96,16 @@ def build_mesh(config: TrainConfig) -> Mesh:
 
     Raises ``ValueError`` for a layout or device that cannot work, before any process group exists.
     """
+    config.validate(place_of().world_size)
+    return join(config)
+
+
+def join(config: TrainConfig) -> Mesh:
+    """``build_mesh`` for a configuration that is known to work with this number of processes."""
     import torch
 
     place = place_of()
     rank, world_size = place.rank, place.world_size
-    config.validate(world_size)
     device = _device(config.parallel.device, place)
     if config.parallel.optimizer_cpu_offload and device == "cpu":
         raise ValueError("--optimizer-cpu-offload needs a GPU, and here is none: leave it out")

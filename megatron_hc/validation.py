@@ -43,7 +43,7 @@ class Validation:
         config = self.config = _of_one_process(folder, data_path)
         tokenizer = tokenizer_of(config.data, tokenizer_model)
         self.device = device
-        self.model, self._tensors = empty_model(config, tokenizer.vocab_size, device)
+        self.model, self._tensors = empty_model(config, tokenizer.vocab_size, Mesh(device=device))
         self.model.requires_grad_(False).eval()
         _, dataset, _ = build_datasets(config, tokenizer, (0, num_samples, 0))
         if dataset is None:

@@ -104,7 +104,7 @@ def look_at_model(run: Run, folder: Path, options: argparse.Namespace) -> None:
     from megatron_hc.model.generate import Sampling, generate
     from megatron_hc.residual import Residual
 
-    model, tokenizer, config, _ = load_model(str(folder), tokenizer_model=options.tokenizer_model)
+    model, tokenizer, config, _, _ = load_model(str(folder), tokenizer_model=options.tokenizer_model)
     run.num_parameters = sum(parameter.numel() for parameter in model.parameters())
     residuals = [module for module in model.modules() if isinstance(module, Residual)]
     run.num_residual_parameters = sum(parameter.numel() for module in residuals for parameter in module.parameters())

@@ -230,11 +230,6 @@ class ParallelConfig:
             shared is None or shared % tp == 0,
             f"--tensor-model-parallel-size ({tp}) must divide --moe-shared-expert-intermediate-size ({shared})",
         )
-        require(
-            tp == 1 or self.sequence_parallel,
-            f"--num-experts with --tensor-model-parallel-size ({tp}) needs --sequence-parallel: else every process of "
-            "the group would route all of its tokens",
-        )
 
     def _validate_tensor_parallel(self, model: ModelConfig) -> None:
         tp, name = self.tensor_model_parallel_size, "--tensor-model-parallel-size"

@@ -43,6 +43,12 @@ class TrainConfig:
         self.optimizer.validate(self.training.train_iters, self.training.train_samples)
         self.checkpoint.validate()
         self.logging.validate(world_size)
+        tp = self.parallel.tensor_model_parallel_size
+        require(
+            self.model.moe.num_experts is None or tp == 1 or self.parallel.sequence_parallel,
+            f"--num-experts with --tensor-model-parallel-size ({tp}) needs --sequence-parallel: else every process of "
+            "the group would route all of its tokens",
+        )
         require(
             self.model.moe.num_experts is not None or not self.logging.moe_per_layer_logging,
             "--moe-per-layer-logging needs --num-experts",

@@ -133,13 +133,17 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, vocab_size, shard)
 
 
-def token_losses(
+def token_scores(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, shard: VocabShard = WHOLE
-) -> Tensor:
-    """-log softmax(hidden weight^T)[labels] per token, [T], without gradients (validation, scoring)."""
-    size, losses = chunk_tokens(weight.shape[0]), []
+) -> tuple[Tensor, Tensor]:
+    """(-log softmax(hidden weight^T)[labels], whether no token is likelier), each [T]; no gradients (for scoring)."""
+    size = chunk_tokens(weight.shape[0])
+    losses, is_top = [], []
     for rows, chosen in zip(hidden.split(size), labels.split(size), strict=True):
         logits = chunk_logits(rows, weight, vocab_size, shard)
         log_sum, of_label = _log_sum_and_label(logits, _target(chosen, weight.shape[0], shard), shard)
+        top = logits.max(-1, keepdim=True).values
+        top = top if shard.reduce is None else shard.reduce(top, "max")
         losses.append((log_sum - of_label).squeeze(1))
-    return torch.cat(losses)
+        is_top.append((of_label >= top).squeeze(1))
+    return torch.cat(losses), torch.cat(is_top)

@@ -14,28 +14,11 @@ from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.norm import promote
+from megatron_hc.model.cache import LayerCache, Span
 from megatron_hc.model.linear import Linear, Parts, build_linear
 from megatron_hc.model.placement import head_norms, head_scale, output_norm, placement_of
 from megatron_hc.model.rope import RopeTable, apply_rope
 from megatron_hc.residual import Reads, build_value_residual
-
-
-class LayerCache:
-    """What one layer remembers of earlier tokens: tensors [T_max, B, ...], filled up to ``length``."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-        self.length = 0
-
-    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Store [S, B, ...] after what is there and return all of it, [T, B, ...]."""
-        end = self.length + new[0].shape[0]
-        room = self.tensors[0].shape[0]
-        assert end <= room, f"the cache holds {room} tokens, {end} are needed"
-        for kept, added in zip(self.tensors, new, strict=True):
-            kept[self.length : end] = added
-        self.length = end
-        return tuple(kept[:end] for kept in self.tensors)
 
 
 class Context(NamedTuple):
@@ -44,6 +27,8 @@ class Context(NamedTuple):
     rope: RopeTable | None = None
     mask: Tensor | None = None
     """[B or 1, 1, S, T], true where a query sees a key; None: causal."""
+    span: Span | None = None
+    """While generating: where the tokens lie in the caches."""
     cache: LayerCache | None = None
     """This layer's cache while generating."""
     branch_factors: Tensor | None = None
@@ -74,6 +59,9 @@ class CoreAttention(nn.Module):
         if self.softmax_in_fp32:
             y = _explicit_attention(q, k, v, mask, is_causal, dropout, self.divisor)
         else:
+            heads = q.shape[1]
+            if q.shape[2] == 1:  # a group's queries in the place of the sequence: keys need not be repeated for them
+                q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
             y = F.scaled_dot_product_attention(
                 *(q, k, v),
                 attn_mask=mask,
@@ -81,7 +69,7 @@ class CoreAttention(nn.Module):
                 is_causal=is_causal,
                 scale=1 / self.divisor,
                 enable_gqa=q.shape[1] != k.shape[1],
-            )
+            ).reshape(q.shape[0], heads, -1, q.shape[3])
         return y.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -139,10 +127,11 @@ class Attention(nn.Module):
             q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
         v = self.value_residual.mix(own, first_values, parts.get("gate"))
         if context.cache is not None:
-            k, v = self.cached(context.cache, k, v)
+            assert context.span is not None
+            k, v = context.cache.append(context.span, k, v)
         y = self.value_residual.correct(self.core(q, k, v, context.mask), own, first_values)
         y = self.output_norm(self.linear_proj(self.head_scale(y)))
-        return self.dropout(y), self.value_residual.recorded(own, v)
+        return self.dropout(y), self.value_residual.recorded(own)
 
     def project(self, x: Tensor | Reads) -> dict[str, Tensor]:
         """x [S, B, C] -> "q" [S, B, Q, H], "k" and "v" [S, B, G, H], "gate" [S, B, G, 1] as far as there are.
@@ -159,17 +148,13 @@ class Attention(nn.Module):
     def width_of(self, part: str) -> int:
         return 1 if part == "gate" else self.head_size
 
-    def cached(self, cache: LayerCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [T, B, G, H] of all tokens so far; values of another layer come whole."""
-        if self.has_values:
-            k, v = cache.append(k, v)
-            return k, v
-        (k,) = cache.append(k)
-        return k, v
+    def new_cache(self, max_length: int, rows: int, shared_values: Tensor | None) -> LayerCache:
+        """An empty cache for ``rows`` texts of ``max_length`` tokens, in the weights' dtype and on their device.
 
-    def new_cache(self, max_length: int, batch: int) -> LayerCache:
-        """An empty cache for ``max_length`` tokens, in the weights' dtype and on their device."""
+        ``shared_values``: of the first layer here; for layers that have no values of their own.
+        """
         weight = self.linear_qkv.weight
         groups = weight.shape[0] // self.qkv_parts.rows_per_group
-        shape = (max_length, batch, groups, self.head_size)
-        return LayerCache(tuple(weight.new_empty(shape) for _ in range(2 if self.has_values else 1)))
+        # Zeros: a mask turns a weight to 0, and 0 times what uninitialised memory may hold is not 0.
+        keys = weight.new_zeros((rows, groups, max_length, self.head_size))
+        return LayerCache(keys, None if self.has_values else shared_values)

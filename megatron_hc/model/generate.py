@@ -1,7 +1,8 @@
-"""Continuing a prompt, token by token. Dims: B batch, S tokens so far, V vocabulary."""
+"""Choosing the next token, and the plainest way to continue one text. Dims: B texts, V vocabulary, K candidates."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Sampling:
 
     def validate(self) -> None:
         """Raise ``ValueError`` in one sentence at a value that makes no sense."""
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must not be negative, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"--top-k must not be negative, not {self.top_k}")
@@ -34,20 +35,67 @@ class Sampling:
             raise ValueError(f"--top-p must be in (0, 1], not {self.top_p}")
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits [B, V] -> token ids [B]."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        floor = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True)
-        is_tail = ordered.cumsum(-1) - ordered >= sampling.top_p  # the more likely tokens already hold top_p
-        logits = logits.masked_fill(torch.empty_like(is_tail).scatter_(1, order, is_tail), float("-inf"))
-    # On the CPU the draws are the same whatever device the model is on.
-    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+def choose(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> Tensor:
+    """logits [B, V], how to choose for each text and how many tokens it has written -> token ids [B].
+
+    A draw depends on the seed and the step alone: a text is the same whatever others are written beside it.
+    """
+    tokens = logits.argmax(-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    is_cut = [samplings[row].top_p < 1 or 0 < samplings[row].top_k < logits.shape[-1] for row in drawn]
+    for rows, cuts in (
+        ([row for row, cut in zip(drawn, is_cut, strict=True) if not cut], False),
+        ([row for row, cut in zip(drawn, is_cut, strict=True) if cut], True),
+    ):
+        if rows:
+            own = [samplings[row] for row in rows]
+            uniform = [_uniform(samplings[row].seed, steps[row]) for row in rows]
+            index = torch.tensor(rows, device=logits.device)
+            tokens[index] = _draw(logits[index], own, uniform, cuts)
+    return tokens
+
+
+def _uniform(seed: int, step: int) -> float:
+    """A number in [0, 1) that depends on its arguments only."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float], cuts: bool) -> Tensor:
+    """logits [B, V] -> [B]: the token at which the cumulative probability passes ``uniform``."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
+
+    logits = logits.double() / column([sampling.temperature for sampling in samplings])
+    candidates = None
+    if cuts:
+        limits = [sampling.top_k or logits.shape[1] for sampling in samplings]
+        logits, candidates = _largest(logits, min(max(limits), logits.shape[1]))  # [B, K]
+        places = torch.arange(logits.shape[1], device=logits.device)
+        probabilities = logits.masked_fill(places >= column(limits), float("-inf")).softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= column([s.top_p for s in samplings]), 0.0)
+    else:
+        probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, column(uniform) * total, right=True)
+    # Rounding may reach the total: then the last token that has a probability.
+    picked = picked.minimum((cumulative < total).sum(-1, keepdim=True))
+    return (picked if candidates is None else candidates.gather(1, picked)).squeeze(1)
+
+
+def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and where they are, in order; of equal ones the lower index first."""
+    if k < logits.shape[1] // 4:
+        values, indices = logits.topk(k)
+        # topk says nothing about equal values: sort these few again by index, then by value.
+        indices = indices.sort(-1).values
+        order = logits.gather(1, indices).sort(dim=-1, descending=True, stable=True)
+        return order.values, indices.gather(1, order.indices)
+    ordered = logits.sort(dim=-1, descending=True, stable=True)
+    return ordered.values[:, :k], ordered.indices[:, :k]
 
 
 @torch.no_grad()
@@ -56,28 +104,32 @@ def generate(
 ) -> Iterator[int]:
     """Yield the tokens that follow ``prompt``, up to ``max_new_tokens`` or the end-of-document token.
 
-    With the cache a step costs one token; without, the whole text: the same tokens, for checking. Raises
-    ``ValueError`` where the text would not fit the model's positions.
+    One text in one process; ``inference.Engine`` writes many. Without the cache every step reads the whole text: the
+    same tokens, for checking. Raises ``ValueError`` where the text would not fit the model's positions.
     """
-    room = model.config.max_positions
-    if not prompt:
-        raise ValueError("the prompt has no tokens: give --prompt at least one character")
-    if len(prompt) + max_new_tokens > room:
-        raise ValueError(
-            f"--max-new-tokens ({max_new_tokens}) after a prompt of {len(prompt)} tokens exceeds "
-            f"--max-position-embeddings ({room}) of the model: shorten one of them"
-        )
+    check_room(len(prompt), max_new_tokens, model.config.max_positions)
     model.eval()
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(sampling.seed)
-    text = torch.tensor([list(prompt)], device=device)
+    text = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     caches = model.new_caches(len(prompt) + max_new_tokens, 1) if use_cache else None
     new = text
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         hidden = model(new if use_cache else text, caches=caches)
-        token = choose(model.output.logits(hidden[-1:])[0], sampling, generator)
+        token = choose(model.output.logits(hidden[-1:])[0], [sampling], [step])
         if int(token) == eod:
             return
         yield int(token)
         new = token[:, None]
         text = torch.cat((text, new), dim=1)
+
+
+def check_room(prompt_tokens: int, max_new_tokens: int, room: int) -> None:
+    """Refuse a text that would not fit the model's positions."""
+    if prompt_tokens == 0:
+        raise ValueError("the prompt has no tokens: give --prompt at least one character")
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
+    if prompt_tokens + max_new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens ({max_new_tokens}) after a prompt of {prompt_tokens} tokens exceeds "
+            f"--max-position-embeddings ({room}) of the model: shorten one of them"
+        )

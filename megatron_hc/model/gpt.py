@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
-from megatron_hc.kernels.cross_entropy import chunk_logits, linear_cross_entropy, token_losses
-from megatron_hc.model.attention import Context, LayerCache
+from megatron_hc.kernels.cross_entropy import WHOLE, VocabShard, chunk_logits, linear_cross_entropy, token_scores
+from megatron_hc.model.attention import Context
+from megatron_hc.model.cache import Caches, LayerCache, Span
 from megatron_hc.model.initial import embedding_std
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.linear import NormLayer
@@ -46,9 +47,8 @@ class VocabTable(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, B, C] -> [S, B, vocab_size] in at least fp32."""
-        return chunk_logits(hidden.flatten(0, 1), self.weight, self.vocab_size)[:, : self.vocab_size].unflatten(
-            0, hidden.shape[:2]
-        )
+        flat = hidden.flatten(0, 1).to(self.weight.dtype)
+        return chunk_logits(flat, self.weight, self.vocab_size)[:, : self.vocab_size].unflatten(0, hidden.shape[:2])
 
     def loss(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """hidden [S, B, C], labels and weights [B, S] -> sum of weights times cross entropy."""
@@ -56,11 +56,27 @@ class VocabTable(nn.Module):
         labels, weights = labels.t().reshape(-1), weights.t().reshape(-1)
         return linear_cross_entropy(flat, self.weight, labels, weights, self.vocab_size)
 
-    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """hidden [S, B, C], labels [B, S] -> cross entropy per token [B, S]; no gradients."""
-        flat = hidden.to(self.weight.dtype).flatten(0, 1)
-        losses = token_losses(flat, self.weight, labels.t().reshape(-1), self.vocab_size)
-        return losses.unflatten(0, hidden.shape[:2]).t()
+    def scores(self, hidden: Tensor, labels: Tensor, is_wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [S, B, C], labels and is_wanted [B, S] -> (cross entropy, whether no token is likelier), each [B, S].
+
+        0 and true where not wanted, which costs nothing. No gradients.
+        """
+        positions = is_wanted.t().reshape(-1).nonzero().squeeze(1)
+        flat = self.whole(hidden).flatten(0, 1)[positions].to(self.weight.dtype)
+        found = token_scores(flat, self.weight, labels.t().reshape(-1)[positions], self.vocab_size, self.shard)
+        losses = found[0].new_zeros(is_wanted.numel()).index_copy_(0, positions, found[0])
+        is_top = found[1].new_ones(is_wanted.numel()).index_copy_(0, positions, found[1])
+        shape = is_wanted.t().shape
+        return losses.view(shape).t(), is_top.view(shape).t()
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The hidden states of the whole sequence, where this process has a part of it. No gradients."""
+        return hidden
+
+    @property
+    def shard(self) -> VocabShard:
+        """The rows that are here."""
+        return WHOLE
 
     def initial(self, name: str, draw: Draw) -> Tensor:
         table = torch.zeros(self.weight.shape)
@@ -146,24 +162,28 @@ class GPT(nn.Module):
         tokens: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        caches: Caches | Span | None = None,
     ) -> Tensor:
         """tokens [B, S] -> normed hidden states [S, B, C], for ``output.loss`` and ``output.logits``.
 
-        ``position_ids`` [B, S]: default 0 .. S-1 (after what the caches hold). ``document_ids`` [B, S]: tokens see
-        only earlier tokens of their own document. ``caches``: one per layer, appended to.
+        ``position_ids`` [B, S]: default 0 .. S-1. ``document_ids`` [B, S]: tokens see only earlier tokens of their own
+        document. ``caches``: the tokens follow what its first B rows hold, or lie where a span of it says.
         """
-        offset = caches[0].length if caches else 0
-        if position_ids is None:
-            position_ids = torch.arange(offset, offset + tokens.shape[1], device=tokens.device).unsqueeze(0)
-        context = self.context(position_ids, document_ids, offset)
-        carry = self.open(tokens, position_ids)
-        if caches is None:
-            carry = self.run(self.stage_layers(), carry, context)
-        else:
-            for layer, cache in zip(self.stage_layers(), caches, strict=True):
-                carry = layer(carry, context._replace(cache=cache))
-        return self.close(carry)
+        span = caches.extend([tokens.shape[1]] * tokens.shape[0]) if isinstance(caches, Caches) else caches
+        if span is not None:
+            position_ids = span.positions
+        elif position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        context = self.context(position_ids, document_ids, span)
+        return self.close(self.run_stage(self.open(tokens, position_ids), context))
+
+    def run_stage(self, carry: Carry, context: Context) -> Carry:
+        """All layers of this stage."""
+        if context.span is None:
+            return self.run(self.stage_layers(), carry, context)
+        for layer, cache in zip(self.stage_layers(), context.span.caches, strict=True):
+            carry = layer(carry, context._replace(cache=cache))
+        return carry
 
     def through(self, part: Callable[..., Any], *arguments: Any) -> Any:
         """``part(*arguments)``, a function outside that runs some of the model's parts: to FSDP2 one forward pass."""
@@ -172,21 +192,20 @@ class GPT(nn.Module):
     def stage_layers(self) -> list[TransformerLayer]:
         return list(self.layers.values())  # type: ignore[arg-type]
 
-    def context(self, position_ids: Tensor, document_ids: Tensor | None, offset: int = 0) -> Context:
+    def context(self, position_ids: Tensor, document_ids: Tensor | None, span: Span | None = None) -> Context:
         """What the layers share: rotary tables from [B or 1, S] positions, and a mask where causal is not enough."""
         # Of the weights: a stage without an embedding begins with a norm, whose parameters are wider.
         table = self.embedding if hasattr(self, "embedding") else self.stage_layers()[0].attention.linear_qkv
-        dtype = table.weight.dtype
         is_rotary = self.config.position_embedding_type == "rope"
-        rope = rope_table(position_ids, self.config, dtype) if is_rotary else None
-        S = position_ids.shape[1]
+        rope = rope_table(position_ids, self.config, table.weight.dtype) if is_rotary else None
+        if span is not None:
+            assert document_ids is None, "documents are masked in training, not while generating"
+            return Context(rope=rope, mask=span.mask, span=span)
         mask = None
         if document_ids is not None:
-            assert offset == 0, "documents are masked in training, not while generating"
+            S = position_ids.shape[1]
             same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # [B, 1, S, S]
             mask = same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()
-        elif offset and S > 1:
-            mask = torch.ones(S, offset + S, dtype=torch.bool, device=position_ids.device).tril(offset)[None, None]
         return Context(rope=rope, mask=mask)
 
     def open(self, tokens: Tensor, position_ids: Tensor) -> Carry:
@@ -202,6 +221,9 @@ class GPT(nn.Module):
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def new_caches(self, max_length: int, batch: int) -> list[LayerCache]:
-        """Empty caches for generating, one per layer of this stage."""
-        return [layer.attention.new_cache(max_length, batch) for layer in self.stage_layers()]
+    def new_caches(self, max_length: int, rows: int) -> Caches:
+        """Empty caches for generating ``rows`` texts of up to ``max_length`` tokens, of the layers of this stage."""
+        layers: list[LayerCache] = []
+        for layer in self.stage_layers():
+            layers.append(layer.attention.new_cache(max_length, rows, layers[0].values if layers else None))
+        return Caches(layers, rows, max_length, next(self.parameters()).device)

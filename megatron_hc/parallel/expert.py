@@ -178,6 +178,22 @@ class AllGatherMoE(SpreadMoE):
         return reduce_scatter_sequence(combine(y, rows, self.topk), self.group)
 
 
+class SameTokensMoE(SpreadMoE):
+    """All ranks of the block have the same tokens, as in a tensor-parallel group without sequence parallelism.
+
+    Each runs its experts on them, and the results are added. For reading and writing text: no gradients.
+    """
+
+    def routed(self, x: Tensor, routing: Routing) -> Tensor:
+        experts = routing.experts - self.first_local
+        is_here = (experts >= 0) & (experts < self.num_local)
+        rows = arrange(experts, is_here, self.num_local, None)
+        if not x.is_cuda:
+            rows = _trimmed(rows)
+        y = self.experts(dispatch(x, rows, self.topk), weights_of_rows(routing.weights, rows), rows.counts)
+        return all_reduce(combine(y, rows, self.topk).contiguous(), self.group)
+
+
 def _trimmed(rows: Rows) -> Rows:
     """Without the rows of nobody, but for one where there are no others; waits for the counts."""
     size = max(int(rows.counts.sum()), 1)
@@ -243,4 +259,6 @@ def spread_experts(model: GPT, mesh: Mesh, dispatcher: Literal["alltoall", "allg
         module.experts.num_experts = module.num_experts // mesh.experts.ranks
         module.experts.adds_bias = mesh.experts.part == 0
         if mesh.group("experts") is not None:
-            become(module, DISPATCHERS[dispatcher], group=mesh.group("experts"), where=mesh.experts)
+            has_same_tokens = mesh.size("tp") > 1 and not mesh.sequence_parallel
+            kind = SameTokensMoE if has_same_tokens else DISPATCHERS[dispatcher]
+            become(module, kind, group=mesh.group("experts"), where=mesh.experts)

@@ -27,11 +27,13 @@ from megatron_hc.parallel.collectives import all_reduce
 from megatron_hc.parallel.schedules import Action, Schedule, forward_schedule, training_schedule
 from megatron_hc.parallel.stages import (
     Crossing,
+    Measure,
     MicroBatch,
     Stage,
     WaitingWeights,
     WeightGradient,
     loss_dtype,
+    weighted_loss,
 )
 from megatron_hc.pipeline_layout import ZERO_BUBBLE_SCHEDULES, PipelineLayout
 
@@ -69,7 +71,8 @@ def transfers_of(layout: PipelineLayout, entrances: Sequence[tuple[Crossing, ...
 class Pipeline:
     """Runs micro-batches through the stages of which this process's ``model`` is a part."""
 
-    def __init__(self, model: GPT, config: TrainConfig, mesh: Mesh) -> None:
+    def __init__(self, model: GPT, config: TrainConfig, mesh: Mesh, *, trains: bool = True) -> None:
+        """``trains`` false: forward passes only, beside the pipeline that trains the same model."""
         self.model, self.config, self.mesh = model, config, mesh
         self.layout = config.parallel.pipeline_layout(config.model.num_layers)
         assert self.layout.size == mesh.size("pp"), "the mesh is of another configuration"
@@ -80,7 +83,7 @@ class Pipeline:
         entrances = [Stage.entrance_of(config, self.layout, stage, tp) for stage in range(self.layout.num_stages)]
         self.transfers = transfers_of(self.layout, entrances)
         self.waiting = WaitingWeights()
-        if self.layout.schedule in ZERO_BUBBLE_SCHEDULES:
+        if trains and self.layout.schedule in ZERO_BUBBLE_SCHEDULES:
             self.waiting.serve(model.layers.modules())
         self.sent_bytes = 0
         """Bytes this process has sent to other stages so far."""
@@ -101,6 +104,21 @@ class Pipeline:
         """Each micro-batch's share of the loss, [micro-batches], without gradients."""
         return self._run(micro_batches, has_backward=False)
 
+    @torch.no_grad()
+    def measure(self, micro_batches: Sequence[MicroBatch], measure: Measure, shape: tuple[int, ...]) -> Tensor:
+        """What ``measure`` makes of each micro-batch on the last stage, [micro-batches, *shape] in float64.
+
+        The same on every stage; no gradients.
+        """
+        last = [stage for stage in self.stages.values() if stage.is_last]
+        for stage in last:
+            stage.measure = measure
+        try:
+            return self._run(micro_batches, has_backward=False, shape=shape)
+        finally:
+            for stage in last:
+                stage.measure = weighted_loss
+
     def bubble(self) -> tuple[float, float]:
         """(share of the time that processes waited since the last call, the least share by ``Schedule.bubble``).
 
@@ -118,7 +136,10 @@ class Pipeline:
             self._schedules[key] = make(self.layout, num_micro_batches)
         return self._schedules[key]
 
-    def _run(self, micro_batches: Sequence[MicroBatch], has_backward: bool) -> Tensor:
+    def _run(
+        self, micro_batches: Sequence[MicroBatch], has_backward: bool, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The loss of each micro-batch; with a ``shape``, what the last stage measures instead."""
         if self.layout.num_stages > 1:
             self._check(micro_batches)
         schedule = self.schedule(len(micro_batches), has_backward)
@@ -131,7 +152,8 @@ class Pipeline:
             self._ideal_bubble = schedule.bubble
             self._busy += passes.busy_seconds()
             self._total += time.perf_counter() - started
-        losses = torch.zeros(len(micro_batches), dtype=loss_dtype(self.config), device=self.mesh.device)
+        dtype = loss_dtype(self.config) if shape is None else torch.float64
+        losses = torch.zeros(len(micro_batches), *(shape or ()), dtype=dtype, device=self.mesh.device)
         for index, loss in passes.losses.items():
             losses[index] = loss
         return all_reduce(losses, self.group)

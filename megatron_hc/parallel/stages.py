@@ -54,15 +54,20 @@ class Crossing(NamedTuple):
 Boundary = tuple[Crossing, ...]
 
 
-def boundary_of(config: TrainConfig, layer: int, tensor_parallel_size: int = 1) -> Boundary:
-    """What crosses into ``layer`` (number of layers: into the final read), in the order of ``flatten``."""
+def boundary_of(
+    config: TrainConfig, layer: int, tensor_parallel_size: int = 1, tokens: tuple[int, int] | None = None
+) -> Boundary:
+    """What crosses into ``layer`` (number of layers: into the final read), in the order of ``flatten``.
+
+    ``tokens``: S and B of the pass, by default those of training.
+    """
     training, model = config.training, config.model
     dtype = torch.bfloat16 if training.bf16 else torch.float64 if training.fp64 else torch.float32
-    S, B = model.seq_length, training.micro_batch_size
+    S, B = tokens or (model.seq_length, training.micro_batch_size)
     shard = S // tensor_parallel_size if config.parallel.sequence_parallel else S
     found: list[Crossing] = []
     num_values = 0
-    for index, spec in enumerate(carry_boundary(_method(model), layer)):
+    for index, spec in enumerate(carry_boundary(method_of(model), layer)):
         name, shape = spec.name or f"{spec.kind} {index} into {layer}", (shard, B, *spec.shape)
         if spec.kind == "values":
             G, H = spec.shape
@@ -72,7 +77,7 @@ def boundary_of(config: TrainConfig, layer: int, tensor_parallel_size: int = 1) 
     return tuple(found)
 
 
-def _method(model: ModelConfig) -> Residual:
+def method_of(model: ModelConfig) -> Residual:
     """A module of the model's residual method, without storage: for what it says about boundaries."""
     with torch.device("meta"):
         return build_residual(Site("entry", 0, model))
@@ -89,7 +94,9 @@ class Stage:
         self.sequence_parts, self.sequence_part = (tp, mesh.rank("tp")) if mesh.sequence_parallel else (1, 0)
         self.entrance = self.entrance_of(config, layout, index, tp)
         self.exit = () if self.is_last else self.entrance_of(config, layout, index + 1, tp)
-        self.method = _method(config.model)
+        self.method = method_of(config.model)
+        self.measure: Measure = weighted_loss
+        """What the last stage computes."""
 
     @staticmethod
     def entrance_of(config: TrainConfig, layout: PipelineLayout, index: int, tensor_parallel_size: int) -> Boundary:
@@ -115,8 +122,8 @@ class Stage:
             )
             carry = model.run(layers, carry, context)  # type: ignore[arg-type]
         if self.is_last:
-            return (model.output.loss(model.close(carry), batch.labels, batch.weights),)
-        return self._leave(carry)
+            return (self.measure(model, model.close(carry), batch),)
+        return leave(self.method, carry, self.exit)
 
     def _linearity_weights(self, batch: MicroBatch) -> Tensor | None:
         """[S, B] of this rank's part of the sequence, in training."""
@@ -126,16 +133,25 @@ class Stage:
         weights = batch.weights.t() * coefficient
         return weights.chunk(self.sequence_parts)[self.sequence_part]
 
-    def _leave(self, carry: Carry) -> tuple[Tensor, ...]:
-        num_values = sum(crossing.spec.kind == "values" for crossing in self.exit)
-        carry = self.method.settle(carry)._replace(
-            values=carry.values[:num_values]
-        )  # others: no later layer wants them
-        outputs = flatten(carry)
-        expected = [(crossing.shape, crossing.dtype) for crossing in self.exit]
-        found = [(tuple(output.shape), output.dtype) for output in outputs]
-        assert found == expected, f"{type(self.method).__name__}.boundary({self.end}) says {expected}, not {found}"
-        return outputs
+
+Measure = Callable[[GPT, Tensor, MicroBatch], Tensor]
+"""(model, normed hidden states [S, B, C], micro-batch) -> what the last stage makes of them."""
+
+
+def weighted_loss(model: GPT, hidden: Tensor, batch: MicroBatch) -> Tensor:
+    """The micro-batch's share of the step's loss."""
+    return model.output.loss(hidden, batch.labels, batch.weights)
+
+
+def leave(method: Residual, carry: Carry, boundary: Boundary) -> tuple[Tensor, ...]:
+    """The carry as the tensors that cross ``boundary``."""
+    num_values = sum(crossing.spec.kind == "values" for crossing in boundary)
+    carry = method.settle(carry)._replace(values=carry.values[:num_values])  # others: no later layer wants them
+    outputs = flatten(carry)
+    expected = [(crossing.shape, crossing.dtype) for crossing in boundary]
+    found = [(tuple(output.shape), output.dtype) for output in outputs]
+    assert found == expected, f"{type(method).__name__}.boundary says {expected}, not {found}"
+    return outputs
 
 
 class WaitingWeights:

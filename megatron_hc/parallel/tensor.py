@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hc.kernels.cross_entropy import VocabShard, chunk_logits, linear_cross_entropy, token_losses
+from megatron_hc.kernels.cross_entropy import VocabShard, chunk_logits, linear_cross_entropy
 from megatron_hc.kernels.norm import promote
 from megatron_hc.model.gpt import PositionTable, VocabTable
 from megatron_hc.model.linear import Linear, NormLayer
@@ -128,7 +128,7 @@ class VocabParallelTable(VocabTable):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The whole vocabulary's logits on every rank, for generating; no gradients."""
-        whole = all_gather(hidden, self.region.group) if self.region.sequence_parallel else hidden
+        whole = self.whole(hidden)
         local = chunk_logits(whole.flatten(0, 1).to(self.weight.dtype), self.weight, self.vocab_size, self.shard)
         parts = all_gather(local.t().contiguous(), self.region.group)  # [V, tokens]
         return parts.t()[:, : self.vocab_size].unflatten(0, whole.shape[:2])
@@ -138,11 +138,8 @@ class VocabParallelTable(VocabTable):
         labels, weights = labels.t().reshape(-1), weights.t().reshape(-1)
         return linear_cross_entropy(flat, self.weight, labels, weights, self.vocab_size, self.shard)
 
-    def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        whole = all_gather(hidden, self.region.group) if self.region.sequence_parallel else hidden
-        flat = whole.to(self.weight.dtype).flatten(0, 1)
-        losses = token_losses(flat, self.weight, labels.t().reshape(-1), self.vocab_size, self.shard)
-        return losses.unflatten(0, whole.shape[:2]).t()
+    def whole(self, hidden: Tensor) -> Tensor:
+        return all_gather(hidden, self.region.group) if self.region.sequence_parallel else hidden
 
 
 def become(module: torch.nn.Module, kind: type[torch.nn.Module], **attributes: Any) -> None:

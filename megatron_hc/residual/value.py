@@ -1,6 +1,6 @@
 """Value residuals: attention of later layers mixes in values of earlier ones (arXiv 2410.17897).
 
-Dims: S sequence, T keys (cached ones included), B batch, G key/value heads, H head width, C hidden size, L layers.
+Dims: S sequence, B batch, G key/value heads, H head width, C hidden size, L layers.
 
 A value residual is part of attention, not of the residual path: it goes with every residual method. Throughout, V_n
 [S, B, G, H] is what layer n = 1 .. L makes of its own input (after the norm of values, where there is one) and V'_n is
@@ -58,8 +58,8 @@ class ValueResidual(nn.Module):
         """The output of attention [S, B, Q * H] before its projection, changed or not."""
         return output
 
-    def recorded(self, own: Tensor | None, used: Tensor) -> Tensor | None:
-        """What later layers get, if anything: own is V_n, used [T, B, G, H] is V'_n with what the cache held."""
+    def recorded(self, own: Tensor | None) -> Tensor | None:
+        """What later layers get, if anything; ``own`` is V_n."""
         return own if self.records else None
 
     def initial(self, name: str, draw: Draw) -> Tensor:
@@ -207,8 +207,8 @@ class PerTokenValue(FirstValue):
 class SingleLayerValue(FirstValue):
     """--single-layer-value (SVFormer): V'_n = V_1; layers after the first have no value projection and cache no values.
 
-    While generating, ``carry.values`` holds V_1 of the whole text, [T, B, G, H], from the first layer's cache: the
-    caches hold (L + 1) / (2 L) of what they would. Claims no equality. Parameters: G H C (and bias) fewer per layer but
+    While generating, all layers of a process share one cache of V_1: one process's caches hold (L + 1) / (2 L) of what
+    they would. Claims no equality. Parameters: G H C (and bias) fewer per layer but
     the first, and 2 G H C fewer FLOPs per token and layer, forward.
     """
 
@@ -218,10 +218,6 @@ class SingleLayerValue(FirstValue):
 
     def mix(self, own: Tensor | None, earlier: tuple[Tensor, ...], gate: Tensor | None) -> Tensor:
         return earlier[0] if own is None else own
-
-    def recorded(self, own: Tensor | None, used: Tensor) -> Tensor | None:
-        return used if self.records else None
-
 
 VALUE_RESIDUALS: dict[str, type[ValueResidual]] = {
     "none": ValueResidual,

@@ -37,7 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stored": set(),
     "state": {"mesh", "model", "parallel", "stored"},
     "connections": {"model", "residual"},
-    "inference": {"checkpoint", "cli", "config", "data", "mesh", "model", "parallel", "state", "stored"},
+    "inference": {
+        "checkpoint", "cli", "cli_options", "config", "data", "launch", "mesh", "model", "parallel", "residual",
+        "state", "stored",
+    },  # fmt: skip
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {
         "checkpoint", "checkpoint_folder", "cli_options", "config", "data", "inference", "mesh",

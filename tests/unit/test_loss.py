@@ -9,7 +9,7 @@ from helpers import VOCAB, build, random_tokens, small_config
 from torch import Tensor
 
 from megatron_hc.kernels import cross_entropy
-from megatron_hc.kernels.cross_entropy import linear_cross_entropy, token_losses
+from megatron_hc.kernels.cross_entropy import linear_cross_entropy, token_scores
 
 T, C, V, ROWS = 13, 8, 11, 16
 
@@ -42,7 +42,8 @@ def test_float64_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, tokens_pe
     for got, wanted in zip(found, expected, strict=True):
         assert (got - wanted).abs().max() <= 1e-12
     assert not found[1][V:].any(), "a padding row has a gradient"
-    losses = token_losses(hidden, weight, labels, V)
+    losses, is_top = token_scores(hidden, weight, labels, V)
+    assert is_top.equal((hidden @ weight[:V].t()).argmax(-1) == labels)
     assert (losses - F.cross_entropy(hidden @ weight[:V].t(), labels, reduction="none")).abs().max() <= 1e-12
 
 
@@ -69,7 +70,7 @@ def test_bf16_products_have_an_fp32_loss(monkeypatch: pytest.MonkeyPatch) -> Non
     for got, wanted in zip(found, expected, strict=True):
         assert got.dtype == torch.bfloat16
         assert (got.double() - wanted).norm() <= 0.01 * wanted.norm()
-    assert token_losses(hidden, weight, labels, V).dtype == torch.float32
+    assert token_scores(hidden, weight, labels, V)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
@@ -88,7 +89,7 @@ def test_gradients_only_where_needed(needed: tuple[bool, bool]) -> None:
 
 
 def test_the_model_reads_labels_batch_first() -> None:
-    """``loss`` and ``token_losses`` of the output table take [B, S], hidden states are [S, B, C]."""
+    """``loss`` and ``scores`` of the output table take [B, S], hidden states are [S, B, C]."""
     model, tokens = build(small_config()), random_tokens()
     labels = random_tokens(seed=9)
     weights = torch.rand(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -96,7 +97,12 @@ def test_the_model_reads_labels_batch_first() -> None:
     logits = model.output.logits(hidden).transpose(0, 1)  # [B, S, V]
     assert logits.shape == (2, 8, VOCAB)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 8)
-    torch.testing.assert_close(model.output.token_losses(hidden, labels), expected, rtol=1e-12, atol=1e-12)
+    wanted = torch.rand(2, 8, generator=torch.Generator().manual_seed(1)) < 0.6
+    labels[0] = logits[0].argmax(-1)
+    losses, is_top = model.output.scores(hidden, labels, wanted)
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    torch.testing.assert_close(losses, expected.masked_fill(~wanted, 0), rtol=1e-12, atol=1e-12)
+    assert is_top.equal((logits.argmax(-1) == labels) | ~wanted) and wanted[0].any() and not is_top.all()
     torch.testing.assert_close(
         model.output.loss(hidden, labels, weights), (expected * weights).sum(), rtol=1e-12, atol=1e-12
     )

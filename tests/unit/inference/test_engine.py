@@ -1,0 +1,201 @@
+"""Many texts at a time, joining and leaving: each is what the plainest loop over the whole text writes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, every_case
+from helpers import VOCAB, build, randomise, small_config
+
+from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
+from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer
+from megatron_hc.inference import Decoder, Engine, Request, TextWriter
+from megatron_hc.mesh import Mesh
+from megatron_hc.model.generate import Sampling, choose, generate
+from megatron_hc.model.gpt import GPT
+
+TOKENIZER = NullTokenizer(VOCAB - 1)
+
+
+def engine_of(config: ModelConfig, rows: int = 3, precision: str = "fp64") -> Engine:
+    model = randomise(build(config, precision)).eval()
+    return Engine(Decoder(model, TrainConfig(model=config), Mesh(), rows=rows, max_length=40), TOKENIZER)
+
+
+def requests(number: int = 7, seed: int = 0) -> list[Request]:
+    """Prompts of 1 to 12 tokens, greedy and drawn."""
+    numbers = random.Random(seed)
+    return [
+        Request(
+            prompt=tuple(numbers.randrange(VOCAB - 1) for _ in range(numbers.randrange(1, 13))),
+            max_new_tokens=numbers.randrange(1, 9),
+            sampling=Sampling(
+                temperature=(0.0, 1.0, 0.7)[index % 3],
+                top_k=(0, 0, 5)[index % 3],
+                top_p=(1, 1, 0.9)[index % 3],
+                seed=index,
+            ),
+        )
+        for index in range(number)
+    ]
+
+
+def plainly(model: GPT, request: Request) -> list[int]:
+    """Every token from the whole text."""
+    return list(
+        generate(*(model, request.prompt, request.max_new_tokens, request.sampling), eod=TOKENIZER.eod, use_cache=False)
+    )
+
+
+def check(engine: Engine, wanted: list[Request]) -> None:
+    texts = engine.run(wanted)
+    assert [text.tokens for text in texts] == [plainly(engine.decoder.model, request) for request in wanted]
+    assert len({tuple(text.tokens) for text in texts}) > len(texts) // 2, "the model repeats itself: a weak test"
+    assert set(engine.decoder.caches.lengths) == {0}, "rows are free again"
+
+
+@every_case()
+def test_every_method(case: Case) -> None:
+    check(engine_of(case.config(max_position_embeddings=40)), requests(5))
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "learned": {"position_embedding_type": "learned_absolute"},
+    "one-group": {"num_query_groups": 1, "rotary_percent": 0.5},
+    "multi-head": {"group_query_attention": False, "num_query_groups": 1},
+    "explicit": {"attention_softmax_in_fp32": True},
+    "experts": {"moe": MoEConfig(num_experts=4, moe_router_topk=2), "single_layer_value": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_shapes_and_numbers_of_rows(shape: str, rows: int) -> None:
+    check(engine_of(small_config(max_position_embeddings=40, **SHAPES[shape]), rows), requests(12, seed=rows))
+
+
+def test_texts_that_come_and_go_at_any_time() -> None:
+    engine = engine_of(small_config(max_position_embeddings=40))
+    wanted, numbers = requests(20), random.Random(1)
+    texts, cancelled = [], set()
+    while len(texts) < len(wanted) or not engine.is_idle:
+        if len(texts) < len(wanted) and numbers.random() < 0.6:
+            texts.append(engine.add(wanted[len(texts)]))
+        if texts and numbers.random() < 0.1:
+            victim = numbers.choice(texts)
+            if victim.finish is None:
+                engine.cancel(victim)
+                cancelled.add(id(victim))
+        engine.step()
+    assert cancelled
+    for request, text in zip(wanted, texts, strict=True):
+        expected = plainly(engine.decoder.model, request)
+        if id(text) in cancelled:
+            assert text.finish == "cancelled" and text.tokens == expected[: len(text.tokens)]
+        else:
+            assert text.tokens == expected and text.finish in ("stop", "length")
+
+
+def test_logprobs_are_those_of_the_whole_text() -> None:
+    engine = engine_of(small_config(max_position_embeddings=40))
+    wanted = [Request(**{**vars(request), "num_logprobs": index}) for index, request in enumerate(requests(4))]
+    for request, text in zip(wanted, engine.run(wanted), strict=True):
+        whole = torch.tensor([[*request.prompt, *text.tokens]])
+        model = engine.decoder.model
+        logprobs = model.output.logits(model(whole))[:, 0].log_softmax(-1)[len(request.prompt) - 1 :]
+        for token, found, row in zip(text.tokens, text.logprobs, logprobs, strict=False):
+            assert abs(found.logprob - float(row[token])) < 1e-9
+            top = row.topk(request.num_logprobs or 0)
+            assert list(found.top) == top.indices.tolist()
+            assert list(found.top.values()) == pytest.approx(top.values.tolist())
+
+
+def test_what_cannot_be_written_is_refused() -> None:
+    engine = engine_of(small_config(max_position_embeddings=40))
+    for change, message in (
+        ({"prompt": ()}, "no tokens"),
+        ({"prompt": (1,) * 39, "max_new_tokens": 2}, "exceeds --max-position-embeddings"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"prompt": (VOCAB,)}, "outside 0"),
+        ({"sampling": Sampling(top_p=0)}, "--top-p"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.add(Request(**{"prompt": (1,), "max_new_tokens": 3, **change}))
+    assert engine.is_idle
+
+
+# How tokens are chosen
+
+
+def test_draws_follow_the_distribution() -> None:
+    """20,000 draws of 5 tokens, plain and cut; each frequency within 4 standard deviations."""
+    logits, number = torch.tensor([[0.3, -1.0, 1.2, 0.0, -3.0]], dtype=torch.float64), 20_000
+    for sampling, kept in (
+        (Sampling(temperature=0.8), [0, 1, 2, 3, 4]),
+        (Sampling(temperature=0.8, top_k=3), [0, 2, 3]),
+        (Sampling(temperature=0.8, top_p=0.8), [0, 2]),
+        (Sampling(temperature=0.8, top_k=3, top_p=0.9999), [0, 2, 3]),
+    ):
+        expected = torch.full((5,), float("-inf"), dtype=torch.float64)
+        expected[kept] = logits[0, kept] / 0.8
+        expected = expected.softmax(-1)
+        drawn = choose(logits.expand(number, 5), [sampling] * number, range(number))
+        share = torch.bincount(drawn, minlength=5) / number
+        assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / number).sqrt()).all(), (sampling, share)
+
+
+def test_a_draw_does_not_depend_on_its_neighbours() -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    samplings = [
+        Sampling(temperature=0), Sampling(seed=1), Sampling(top_k=3), Sampling(top_p=0.5), Sampling(top_k=20, seed=9),
+        Sampling(temperature=2, top_k=49, top_p=0.9),
+    ]  # fmt: skip
+    together = choose(logits, samplings, [4] * 6).tolist()
+    assert together == [int(choose(logits[i : i + 1], [samplings[i]], [4])) for i in range(6)]
+
+
+# Text
+
+
+def write(text: str, stop: tuple[str, ...] = (), prompt: str = "") -> tuple[list[str], bool]:
+    """Byte after byte; (what each gave and the end, whether it was stopped)."""
+    tokenizer = ByteTokenizer()
+    writer, parts = TextWriter(tokenizer, tokenizer.tokenize(prompt), stop), []
+    for token in tokenizer.tokenize(text):
+        parts.append(writer.add(token))
+        if writer.is_stopped:
+            break
+    return [*parts, writer.finish()], writer.is_stopped
+
+
+def test_characters_come_whole() -> None:
+    parts, _ = write("aé€😀 " * 30, prompt="Où € 😀")
+    assert "".join(parts) == "aé€😀 " * 30 and not any("\ufffd" in part for part in parts)
+    assert parts[:4] == ["a", "", "é", ""]
+
+
+def test_bytes_that_are_no_character_do_not_stop_the_text() -> None:
+    writer = TextWriter(ByteTokenizer(), [65])
+    parts = [writer.add(0xFF) for _ in range(100)] + [writer.add(66), writer.finish()]
+    assert "".join(parts) == "\ufffd" * 100 + "B"
+    assert sum(map(len, parts[:99])) > 80, "they are not held back for ever"
+
+
+@pytest.mark.parametrize(
+    "text, stop, expected, is_stopped",
+    [
+        ("one two three", ("two",), "one ", True),
+        ("one two three", ("three", "two t"), "one ", True),
+        ("ababac", ("abac",), "ab", True),
+        ("no end in sig", ("sight",), "no end in sig", False),
+        ("a\n\nb", ("\n\n",), "a", True),
+        ("né", ("é",), "n", True),
+        ("x", ("x",), "", True),
+    ],
+)
+def test_stop_strings(text: str, stop: tuple[str, ...], expected: str, is_stopped: bool) -> None:
+    parts, stopped = write(text, stop, prompt="ab two")
+    assert ("".join(parts), stopped) == (expected, is_stopped)

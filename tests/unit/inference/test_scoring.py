@@ -1,0 +1,62 @@
+"""Batched scores are those of each text alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from helpers import TRAINING, VOCAB, build, randomise, small_config
+
+from megatron_hc.config import TrainConfig
+from megatron_hc.inference.scoring import Item, Scorer
+from megatron_hc.mesh import Mesh
+
+
+def items(number: int = 20, longest: int = 31) -> list[Item]:
+    numbers = random.Random(0)
+    found = []
+    for _ in range(number):
+        length = numbers.randrange(2, longest + 1)
+        found.append(Item([numbers.randrange(VOCAB - 1) for _ in range(length)], numbers.randrange(1, length)))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 7])
+@pytest.mark.parametrize(
+    "change", [{}, {"position_embedding_type": "learned_absolute"}, {"untie_embeddings_and_output_weights": True}]
+)
+def test_scores(change: dict[str, Any], batch_size: int | None) -> None:
+    config = small_config({"residual_connection": "mhc"}, max_position_embeddings=30, **change)
+    model = randomise(build(config)).eval()
+    wanted = items()
+    done: list[int] = []
+    scores = Scorer(model, TrainConfig(model=config, training=TRAINING["fp64"]), Mesh(), batch_size)(
+        wanted, done.append
+    )
+    assert sum(done) == len(wanted)
+    greedy = 0
+    for item, score in zip(wanted, scores, strict=True):
+        logprobs = model.output.logits(model(torch.tensor([item.tokens[:-1]])))[:, 0].log_softmax(-1)
+        labels = torch.tensor(item.tokens[1:])
+        own = slice(-item.num_scored, None)
+        assert abs(score.logprob - float(logprobs.gather(1, labels[:, None])[own].sum())) < 1e-10
+        assert score.is_greedy == bool((logprobs.argmax(-1) == labels)[own].all())
+        greedy += score.is_greedy
+    assert 0 < greedy < len(wanted) or batch_size is not None
+
+
+def test_a_greedy_continuation_is_seen() -> None:
+    config = small_config(max_position_embeddings=30)
+    model = randomise(build(config)).eval()
+    text = [3, 1, 4]
+    for _ in range(5):
+        text.append(int(model.output.logits(model(torch.tensor([text])))[-1, 0].argmax()))
+    scorer = Scorer(model, TrainConfig(model=config, training=TRAINING["fp64"]), Mesh())
+    wrong = [*text[:-1], (text[-1] + 1) % 22]
+    assert [score.is_greedy for score in scorer([Item(text, 5), Item(wrong, 5), Item(wrong[:-1], 4)])] == [
+        True,
+        False,
+        True,
+    ]
