@@ -213,15 +213,35 @@ class Logger:
             "mfu": None if self.peak_tflops is None or tflops is None else tflops / self.peak_tflops,
         }
 
-    def evaluation(self, split: str, iteration: int, consumed_samples: int, loss: float) -> None:
-        """Show the loss of a validation (``split`` "validation") or test ("test")."""
+    def evaluation(
+        self,
+        split: str,
+        iteration: int,
+        consumed_samples: int,
+        loss: float,
+        *,
+        details: Mapping[str, float | None] | None = None,
+        lines: Sequence[str] = (),
+    ) -> None:
+        """Show the loss of a validation (``split`` "validation") or test ("test").
+
+        ``details``: more numbers for the sinks; ``lines``: more lines for the console.
+        """
         key, perplexity = f"lm_loss_{split}", math.exp(min(20.0, loss)) if not math.isnan(loss) else math.nan
         where = "" if split == "validation" else f" on {split} set"
         line = f" validation loss at iteration {iteration}{where} | lm loss value: {loss:.6E} | "
         line += f"lm loss PPL: {perplexity:.6E} | "
         rule = "-" * (len(line) + 1)
         record: Record = {"iteration": iteration, "consumed_samples": consumed_samples, key: loss}
-        self._show(f"{rule}\n{line}\n{rule}", record | {f"{key}_ppl": perplexity, "time": time.time()})
+        record |= {f"{key}_ppl": perplexity, **(details or {}), "time": time.time()}
+        self._show("\n".join([rule, line, *lines, rule]), record)
+
+    def scores(self, iteration: int, consumed_samples: int, scores: Mapping[str, float]) -> None:
+        """Show what tasks gave, 'TASK/METRIC' -> number."""
+        record: Record = {"iteration": iteration, "consumed_samples": consumed_samples}
+        record |= {f"eval/{name}": value for name, value in scores.items()}
+        shown = [f"{name}: {value:.4f}" for name, value in scores.items() if "_stderr" not in name]
+        self._show(f" scores at iteration {iteration} | {' | '.join(shown)} |", record | {"time": time.time()})
 
     def _show(self, text: str, record: Record) -> None:
         self.say(text)

@@ -33,6 +33,7 @@ TAGS = {
     "ideal_bubble": "ideal-pipeline-bubble",
     "lm_loss_validation": "lm loss validation",
     "lm_loss_validation_ppl": "lm loss validation ppl",
+    "lm_loss_validation_stderr": "lm loss validation stderr",
     "lm_loss_test": "lm loss test",
     "lm_loss_test_ppl": "lm loss test ppl",
 }
@@ -41,11 +42,14 @@ TAGS = {
 ROUTER_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss")
 """Keys that are their own tags, and begin those of single layers: moe/NAME_layer_3 (Megatron-LM's names)."""
 
+NAMED = ("moe/", "eval/", "validation/")
+"""What keys that are their own tags begin with: routers of single layers, scores of tasks, sources of a blend."""
+
 
 def tags_of(record: Record) -> dict[str, str]:
     """Key -> tag of what TensorBoard and W&B show of a record."""
-    routers = {key: key for key in record if key in ROUTER_LOSSES or key.startswith("moe/")}
-    return {key: tag for key, tag in {**TAGS, **routers}.items() if record.get(key) is not None}
+    own = {key: key for key in record if key in ROUTER_LOSSES or key.startswith(NAMED)}
+    return {key: tag for key, tag in {**TAGS, **own}.items() if record.get(key) is not None}
 
 
 class Sink(Protocol):
@@ -157,8 +161,8 @@ class WeightsAndBiases:
 
 
 def _subject(record: Record) -> tuple[int, frozenset[str]]:
-    """What a line is about: the iteration, and training, validation or test."""
-    return record["iteration"], frozenset(key for key in record if key.startswith("lm_loss"))
+    """What a line is about: the iteration, and training, validation, test or tasks."""
+    return record["iteration"], frozenset(key for key in record if key.startswith(("lm_loss", "eval/")))
 
 
 def _lines_until(path: Path, iteration: int) -> list[str]:

@@ -14,7 +14,17 @@ from torch import Tensor
 from megatron_hc import checkpoint
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
-from megatron_hc.data import Batch, Loader, SampleDataset, Tokenizer, build_datasets, build_loader, tokenizer_of
+from megatron_hc.data import (
+    Batch,
+    Loader,
+    SampleDataset,
+    Tokenizer,
+    build_datasets,
+    build_loader,
+    build_whole_validation,
+    tokenizer_of,
+)
+from megatron_hc.evaluation import Sums, Tasks, lines_of, whole_losses
 from megatron_hc.launch import TrainingStopped, note_iteration
 from megatron_hc.log import Logger
 from megatron_hc.mesh import Mesh, build_mesh
@@ -71,6 +81,10 @@ class Run:
     learning_rate: LearningRate
     weight_decay: WeightDecay
     datasets: Sequence[SampleDataset | None]
+    whole_validation: dict[str, SampleDataset]
+    """Of --full-validation, by name of the source."""
+    tasks: Tasks | None
+    """Of --eval-harness-tasks."""
     progress: Progress
     logger: Logger
     profiler: Profiler
@@ -101,6 +115,8 @@ def train(parsed: Parsed) -> Progress:
                 is_saved = False
                 if _divides(config.training.eval_interval, progress.iteration):
                     evaluate(run, "validation")
+                if _divides(config.evaluation.eval_harness_interval, progress.iteration):
+                    score_tasks(run)
                 if _divides(config.checkpoint.save_interval, progress.iteration):
                     save(run)
                     is_saved = True
@@ -112,6 +128,8 @@ def train(parsed: Parsed) -> Progress:
                 if not _divides(config.training.eval_interval, progress.iteration):
                     evaluate(run, "validation")
                 evaluate(run, "test")
+                if not _divides(config.evaluation.eval_harness_interval, progress.iteration):
+                    score_tasks(run)
         run.optimizer.wait_for_parameters()
         run.saver.wait()
     except Exception as error:
@@ -147,6 +165,9 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None) -> Run:
         total_iterations=batches.total_iterations,
         start_iteration=progress.iteration,
     )
+    tasks = Tasks(config) if config.evaluation.eval_harness_tasks else None
+    is_whole = config.evaluation.full_validation
+    whole = build_whole_validation(config, tokenizer, num_mock_samples(config, batches)) if is_whole else {}
     datasets = build_datasets(config, tokenizer, num_samples(config, batches))  # writes index caches: comes last
     logger.say(describe(config, parsed.origins))
     profiler = Profiler(config.logging, mesh)
@@ -168,6 +189,8 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None) -> Run:
         learning_rate=LearningRate(config.optimizer, config.training, mesh.size("dp")),
         weight_decay=WeightDecay(config.optimizer, config.training, mesh.size("dp")),
         datasets=datasets,
+        whole_validation=whole,
+        tasks=tasks,
         progress=progress,
         logger=logger,
         profiler=profiler,
@@ -178,9 +201,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None) -> Run:
     return run
 
 
-def build_optimizer(
-    config: TrainConfig, model: GPT, placed: dict[str, Placement], mesh: Mesh
-) -> DataParallelOptimizer:
+def build_optimizer(config: TrainConfig, model: GPT, placed: dict[str, Placement], mesh: Mesh) -> DataParallelOptimizer:
     """Initial weights, their fp32 masters, then the cast to the compute dtype."""
     dtype = compute_dtype(config)
     materialize(model, placed, config.training.seed, mesh, dtype)
@@ -210,7 +231,14 @@ def num_samples(config: TrainConfig, batches: BatchSchedule) -> tuple[int, int, 
     training = config.training
     per_eval = training.eval_iters * batches.largest
     num_evals = batches.total_iterations // training.eval_interval + 1 if training.eval_interval else 0
+    if config.evaluation.full_validation:
+        num_evals = 0
     return batches.total_samples, num_evals * per_eval, per_eval if training.eval_interval else 0
+
+
+def num_mock_samples(config: TrainConfig, batches: BatchSchedule) -> int:
+    """Samples of a whole validation on --mock-data, which never ends."""
+    return max(config.training.eval_iters, 1) * batches.largest
 
 
 def train_step(run: Run, loader: Loader) -> None:
@@ -322,6 +350,8 @@ def evaluate(run: Run, split: str) -> float | None:
 
     Every validation of a run reads the samples after those of the one before, as in Megatron-LM.
     """
+    if split == "validation" and run.whole_validation:
+        return evaluate_whole(run)
     training, progress = run.config.training, run.progress
     dataset = run.datasets[1 if split == "validation" else 2]
     if dataset is None or training.eval_iters == 0 or training.eval_interval == 0:
@@ -344,6 +374,39 @@ def evaluate(run: Run, split: str) -> float | None:
         loss = float(all_reduce(total, run.mesh.group("dp_cp"))) / training.eval_iters
     run.logger.evaluation(split, progress.iteration, progress.consumed_samples, loss)
     return loss
+
+
+def evaluate_whole(run: Run) -> float:
+    """Mean loss over all tokens of the validation data, logged with its standard error and for each source."""
+    with run.logger.pause():
+        run.model.eval()
+        run.optimizer.wait_for_parameters()
+        sums = whole_losses(run.whole_validation, run.pipeline, run.config, run.mesh)
+    total = sum(sums.values(), Sums(torch.zeros(6, dtype=torch.float64))).mean()
+    means = {name: part.mean() for name, part in sums.items()}
+    details: dict[str, float | None] = {
+        "lm_loss_validation_stderr": total.standard_error,
+        "validation_tokens": total.num_tokens,
+    }
+    for name, mean in means.items():
+        details |= {f"validation/{name}/lm_loss": mean.loss, f"validation/{name}/lm_loss_stderr": mean.standard_error}
+    lines = lines_of({**means, "all": total} if len(means) > 1 else means)
+    progress = run.progress
+    run.logger.evaluation(
+        "validation", progress.iteration, progress.consumed_samples, total.loss, details=details, lines=lines
+    )
+    return total.loss
+
+
+def score_tasks(run: Run) -> None:
+    """--eval-harness-tasks, logged."""
+    if run.tasks is None:
+        return
+    with run.logger.pause():
+        run.model.eval()
+        run.optimizer.wait_for_parameters()
+        scores = run.tasks.scores(run.model, run.config, run.mesh, run.tokenizer)
+    run.logger.scores(run.progress.iteration, run.progress.consumed_samples, scores)
 
 
 def is_finished(run: Run) -> bool:

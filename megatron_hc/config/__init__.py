@@ -7,6 +7,7 @@ flags, the values and the mend. This module imports no torch: a wrong flag is re
 
 from megatron_hc.config.common import flag
 from megatron_hc.config.data import DataConfig
+from megatron_hc.config.evaluation import EvaluationConfig
 from megatron_hc.config.model import (
     HEAD_NORM_PLACEMENTS,
     NO_READ_NORM_PLACEMENTS,
@@ -24,6 +25,7 @@ from megatron_hc.config.training import LogConfig, TrainingConfig
 
 __all__ = [
     "DataConfig",
+    "EvaluationConfig",
     "HEAD_NORM_PLACEMENTS",
     "LogConfig",
     "MoEConfig",

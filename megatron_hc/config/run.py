@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_hc.config.common import require
 from megatron_hc.config.data import DataConfig
+from megatron_hc.config.evaluation import EvaluationConfig
 from megatron_hc.config.model import ModelConfig
 from megatron_hc.config.optimizer import OptimizerConfig
 from megatron_hc.config.parallel import ParallelConfig
@@ -28,6 +29,8 @@ class TrainConfig:
     """The optimizer."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The run's length, batch and precision."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Validation of all data, and tasks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and loading."""
     logging: LogConfig = field(default_factory=LogConfig)
@@ -42,6 +45,11 @@ class TrainConfig:
         self._validate_micro_batches(self.parallel.data_parallel_size(world_size))
         self.optimizer.validate(self.training.train_iters, self.training.train_samples)
         self.checkpoint.validate()
+        self.evaluation.validate()
+        require(
+            not self.evaluation.full_validation or self.training.eval_interval > 0,
+            "--full-validation needs an --eval-interval above 0",
+        )
         self.logging.validate(world_size)
         tp = self.parallel.tensor_model_parallel_size
         require(

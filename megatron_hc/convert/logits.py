@@ -22,7 +22,7 @@ def check_logits(hf_folder: str, our_folder: str, step: int | None, say: Callabl
     """The largest difference over both inputs, printed for each; ``ValueError`` where it is more than rounding."""
     transformers = import_transformers()
     with torch.no_grad():
-        ours, tokenizer, config, _ = load_model(our_folder, step)
+        ours, tokenizer, config, _, _ = load_model(our_folder, step)
         ours.float()
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             hf_folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True

@@ -7,7 +7,7 @@
 from typing import TYPE_CHECKING, Any
 
 from megatron_hc.data.blend import BlendedDataset
-from megatron_hc.data.build import build_datasets
+from megatron_hc.data.build import build_datasets, build_whole_validation
 from megatron_hc.data.dataset import GPTDataset, MockDataset, Sample, SampleDataset, SampleFormat
 from megatron_hc.data.indexed import IndexedDataset, IndexedDatasetWriter, optimal_dtype
 from megatron_hc.data.tokenizer import (
@@ -45,6 +45,7 @@ __all__ = [
     "build_datasets",
     "build_loader",
     "build_tokenizer",
+    "build_whole_validation",
     "check_record",
     "optimal_dtype",
     "tokenizer_of",

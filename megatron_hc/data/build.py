@@ -15,6 +15,7 @@ from megatron_hc.data.dataset import (
     MockDataset,
     SampleDataset,
     SampleFormat,
+    WholeDataset,
     check_length,
     scan_token_ids,
 )
@@ -131,24 +132,9 @@ def build_datasets(
     process may call this at once. Raises ``ValueError`` in one sentence for anything wrong with the files.
     """
     data = config.data
-    format = SampleFormat.of(
-        tokenizer,
-        config.model.seq_length,
-        eod_mask_loss=data.eod_mask_loss,
-        reset_position_ids=data.reset_position_ids,
-        reset_attention_mask=data.reset_attention_mask,
-    )
+    format = _format(config, tokenizer)
     builder = _Builder(config, tokenizer, format)
-    plans: list[tuple[Blend, tuple[float, float]] | None]
-    separate = bool(data.train_data_path)
-    if data.mock_data:
-        plans = [None] * 3
-    elif separate:
-        paths = {f"--{split}-data-path": getattr(data, f"{split}_data_path") for split in SPLITS}
-        plans = [(parse_blend(values, flag), (0.0, 1.0)) if values else None for flag, values in paths.items()]
-    else:
-        blend = _common_blend(config)
-        plans = [(blend, bounds) if bounds else None for bounds in split_ranges(data.split or DEFAULT_SPLIT)]
+    plans, separate = _plans(config), bool(data.train_data_path)
     if num_samples[0] and plans[0] is None and not data.mock_data:
         raise ValueError("no training data: give --train-data-path, or a first share of --split above 0")
     # Every file is opened and checked before the first cache is written.
@@ -173,6 +159,55 @@ def build_datasets(
             f"{num_samples[0]}: give WEIGHT PREFIX pairs, which repeat the data, or a shorter run"
         )
     return train, valid, test
+
+
+def build_whole_validation(config: TrainConfig, tokenizer: Tokenizer, mock_samples: int) -> dict[str, SampleDataset]:
+    """All of the validation data, once and in order: name -> samples, for each file of a blend.
+
+    The last sample of a file is filled up with tokens that carry no loss. Of --mock-data there are ``mock_samples``.
+    Raises ``ValueError`` where there is no validation data.
+    """
+    format, plan = _format(config, tokenizer), _plans(config)[1]
+    if config.data.mock_data:
+        return {"mock": MockDataset(mock_samples, config.training.seed, "valid", format)}
+    if plan is None:
+        raise ValueError(
+            "--full-validation: there is no validation data: give --valid-data-path, or a second share "
+            "of --split above 0"
+        )
+    (prefixes, _), bounds = plan
+    builder = _Builder(config, tokenizer, format)
+    found: dict[str, SampleDataset] = {}
+    for prefix in dict.fromkeys(prefixes):
+        indexed = builder.open(prefix)
+        name = (
+            Path(prefix).name if [Path(other).name for other in {*prefixes}].count(Path(prefix).name) == 1 else prefix
+        )
+        found[name] = WholeDataset(indexed, cut(bounds, len(indexed)), format)
+    return found
+
+
+def _format(config: TrainConfig, tokenizer: Tokenizer) -> SampleFormat:
+    data = config.data
+    return SampleFormat.of(
+        tokenizer,
+        config.model.seq_length,
+        eod_mask_loss=data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+    )
+
+
+def _plans(config: TrainConfig) -> list[tuple[Blend, tuple[float, float]] | None]:
+    """What training, validation and test are made of: files, and which share of each."""
+    data = config.data
+    if data.mock_data:
+        return [None] * 3
+    if data.train_data_path:
+        paths = {f"--{split}-data-path": getattr(data, f"{split}_data_path") for split in SPLITS}
+        return [(parse_blend(values, flag), (0.0, 1.0)) if values else None for flag, values in paths.items()]
+    blend = _common_blend(config)
+    return [(blend, bounds) if bounds else None for bounds in split_ranges(data.split or DEFAULT_SPLIT)]
 
 
 def _common_blend(config: TrainConfig) -> Blend:

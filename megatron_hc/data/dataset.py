@@ -176,6 +176,37 @@ class GPTDataset:
         return self.format.sample(text)
 
 
+class WholeDataset:
+    """A range of sequences of one token file, every token once and in order.
+
+    Sample i reads tokens i S .. i S + S - 1 of the range; the last one is filled up with tokens that carry no loss.
+    """
+
+    def __init__(self, indexed: IndexedDataset, sequence_range: tuple[int, int], format: SampleFormat) -> None:
+        first, stop = sequence_range
+        self.indexed, self.format = indexed, format
+        self.start = int(indexed.lengths[:first].sum(dtype=np.int64))
+        self.num_tokens = int(indexed.lengths[first:stop].sum(dtype=np.int64))
+        if self.num_tokens < 2:
+            raise ValueError(
+                f"dataset {indexed.prefix}: the validation part ({stop - first} of {len(indexed)} sequences) has no "
+                "two tokens: give more text or another --split"
+            )
+
+    def __len__(self) -> int:
+        return -(-(self.num_tokens - 1) // self.format.seq_length)
+
+    def __getitem__(self, index: int) -> Sample:
+        S, first = self.format.seq_length, index * self.format.seq_length
+        text = self.indexed.tokens(self.start + first, self.start + min(first + S + 1, self.num_tokens))
+        text = text.astype(np.int64)
+        check_token_ids(text, self.indexed.prefix, self.format)
+        num_labels = len(text) - 1
+        sample = self.format.sample(np.pad(text, (0, S - num_labels), constant_values=self.format.eod))
+        sample.loss_mask[num_labels:] = 0.0
+        return sample
+
+
 def check_length(indexed: IndexedDataset, sequence_range: tuple[int, int], split: str, format: SampleFormat) -> None:
     """Refuse (``ValueError``) a part of a file that is shorter than one sample."""
     first, stop = sequence_range

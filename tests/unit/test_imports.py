@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint", "cli", "cli_options", "config", "data", "launch", "mesh", "model", "parallel", "residual",
         "state", "stored",
     },  # fmt: skip
+    "evaluation": {"config", "data", "inference", "mesh", "model", "parallel"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {
         "checkpoint", "checkpoint_folder", "cli_options", "config", "data", "inference", "mesh",
