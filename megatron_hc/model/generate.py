@@ -76,6 +76,9 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float
         probabilities = logits.masked_fill(places >= column(limits), float("-inf")).softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= column([s.top_p for s in samplings]), 0.0)
+        # In the order of the vocabulary: how nearly equal ones were sorted, a matter of rounding, decides nothing.
+        candidates, order = candidates.sort(-1)
+        probabilities = probabilities.gather(1, order)
     else:
         probabilities = logits.softmax(-1)
     cumulative = probabilities.cumsum(-1)

@@ -38,14 +38,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     "state": {"mesh", "model", "parallel", "stored"},
     "connections": {"model", "residual"},
     "inference": {
-        "checkpoint", "cli", "cli_options", "config", "data", "launch", "mesh", "model", "parallel", "residual",
-        "state", "stored",
+        "checkpoint",
+        "cli",
+        "cli_options",
+        "config",
+        "data",
+        "launch",
+        "mesh",
+        "model",
+        "parallel",
+        "residual",
+        "state",
+        "stored",
     },  # fmt: skip
     "evaluation": {"config", "data", "inference", "mesh", "model", "parallel"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {
-        "checkpoint", "checkpoint_folder", "cli_options", "config", "data", "inference", "mesh",
-        "model", "residual",
+        "checkpoint",
+        "checkpoint_folder",
+        "cli_options",
+        "config",
+        "data",
+        "inference",
+        "mesh",
+        "model",
+        "residual",
     },  # fmt: skip
 }
 """Part of the package -> parts it may import, besides itself. ``train`` may import all."""
