@@ -7,9 +7,9 @@ wide; the mixture has 8 experts of width 256, of which a token takes 2: the same
 4 times as many MLP parameters in all. Balancing is by the auxiliary loss with coefficient 0.01.
 
 Load balance is Megatron-LM's ``load_balancing_loss`` divided by its coefficient, averaged over layers, in the last
-tenth of the run: 1 is balanced, at most 8 / 2 = 4. The cost is the time of forward and backward passes of one
-micro-batch, medians of interleaved measurements, of the whole model and of one branch alone; in a ratio the machine's
-speed cancels.
+tenth of the run: 1 is balanced, at most 8 / 2 = 4. The cost is the CPU time of forward and backward passes of one
+micro-batch in one thread (OMP_NUM_THREADS=1), medians of interleaved measurements, of the whole model and of one branch
+alone; in a ratio the machine's speed cancels.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def built(flags: str, precision: str) -> GPT:
 
 
 def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each, measured in turns."""
+    """Median CPU time of each, measured in turns: other work on the machine disturbs it less than wall time."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 3):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if repeat >= 3:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -61,15 +61,24 @@ def arrange(experts: Tensor, kept: Tensor | None, num_experts: int, num_slots: i
 
 
 def _to_rows(x: Tensor, rows: Rows, k: int) -> Tensor:
-    out = x[rows.pairs // k]
+    out = x.index_select(0, rows.pairs // k)
     return out if rows.has_pair is None else out.masked_fill_(~rows.has_pair.unsqueeze(-1), 0)
 
 
 def _to_tokens(y: Tensor, rows: Rows, k: int) -> Tensor:
-    picked = y[rows.places]
+    wide = promote(y.dtype)
+    if rows.has_row is None and wide == y.dtype:
+        return F.embedding_bag(rows.places.view(-1, k), y, mode="sum")  # one pass; a CPU's bf16 would be rounded down
+    picked = y.index_select(0, rows.places)
     if rows.has_row is not None:
         picked = picked.masked_fill_(~rows.has_row.unsqueeze(-1), 0)  # also drops what nobody computed
-    return picked.unflatten(0, (-1, k)).sum(1, dtype=promote(y.dtype)).to(y.dtype)
+    choices = picked.unflatten(0, (-1, k))
+    if y.is_cuda:
+        return choices.sum(1, dtype=wide).to(y.dtype)
+    total = choices[:, 0].to(wide, copy=True)  # a sum over the middle dim takes a CPU several times as long
+    for j in range(1, k):
+        total += choices[:, j]
+    return total.to(y.dtype)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -110,8 +119,7 @@ def combine(y: Tensor, rows: Rows, k: int) -> Tensor:
 
 def weights_of_rows(weights: Tensor, rows: Rows) -> Tensor:
     """Weights [T, k] -> [N], zero in rows without a pair."""
-    picked = weights.flatten()[rows.pairs]
-    return picked if rows.has_pair is None else picked.masked_fill(~rows.has_pair, 0.0)
+    return dispatch(weights.reshape(-1, 1), rows, 1).squeeze(1)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, use_grouped_mm: bool) -> Tensor:

@@ -69,6 +69,19 @@ class _AllToAll(torch.autograd.Function):
         return all_to_all(grads[0], received, sent, ctx.group), None, None, None
 
 
+class _Reorder(torch.autograd.Function):
+    """x[order], where ``inverse`` undoes ``order``: its adjoint is the other way round, a gather again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.inverse), None, None
+
+
 class Exchange(NamedTuple):
     """Who gets which rows."""
 
@@ -78,6 +91,8 @@ class Exchange(NamedTuple):
     """Rows from each rank of the block."""
     order: Tensor
     """[received rows] sorts them by expert."""
+    inverse: Tensor
+    """[received rows] puts them back in the order in which they came."""
     counts: Tensor
     """[experts here] rows of each."""
     parts: int
@@ -93,11 +108,11 @@ class Exchange(NamedTuple):
         rows = rows[: sum(self.blocks)]
         if self.parts > 1:
             rows = torch.cat([block for block in rows.split(self.blocks) for _ in range(self.parts)])
-        return _AllToAll.apply(rows, self.sent, self.received, self.group)[self.order]
+        return _Reorder.apply(_AllToAll.apply(rows, self.sent, self.received, self.group), self.order, self.inverse)
 
     def come_back(self, rows: Tensor) -> Tensor:
         """The way back of what the experts here made; what ranks that share an expert made is added."""
-        unsorted = rows[torch.empty_like(self.order).scatter_(0, self.order, _numbers(self.order))]
+        unsorted = _Reorder.apply(rows, self.inverse, self.order)
         back = _AllToAll.apply(unsorted, self.received, self.sent, self.group)
         if self.parts == 1:
             return back
@@ -146,11 +161,15 @@ class AllToAllMoE(SpreadMoE):
         here = everyone[:, own]  # [P, experts here]
         received = here.sum(1).tolist()
         experts = torch.arange(self.num_local).repeat(size).repeat_interleave(here.flatten())
+        order = experts.sort(stable=True).indices
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
+        device = rows.counts.device
         return Exchange(
             blocks=mine.unflatten(0, (self.where.ranks, -1)).sum(1).tolist(),
             received=received,
-            order=experts.sort(stable=True).indices.to(rows.counts.device, non_blocking=True),
-            counts=here.sum(0).to(rows.counts.device, non_blocking=True),
+            order=order.to(device, non_blocking=True),
+            inverse=inverse.to(device, non_blocking=True),
+            counts=here.sum(0).to(device, non_blocking=True),
             parts=self.where.parts,
             group=self.group,
         )
@@ -201,10 +220,6 @@ def _trimmed(rows: Rows) -> Rows:
     return rows._replace(
         pairs=rows.pairs[:size], places=rows.places.clamp(max=size - 1), has_pair=rows.has_pair[:size]
     )
-
-
-def _numbers(like: Tensor) -> Tensor:
-    return torch.arange(like.shape[0], device=like.device)
 
 
 def _routers(model: GPT) -> list[Router]:
