@@ -205,6 +205,33 @@ def test_evaluation(pool: Pool, schedule: str) -> None:
             assert step.of_three == pytest.approx(step.losses[:3], rel=1e-12)
 
 
+def with_a_shorter_batch(cell: Cell) -> str | None:
+    """What a rank says when a step's second micro-batch is shorter than the others."""
+
+    def change(run: train.Run) -> None:
+        real = run.pipeline.forward_backward
+
+        def shortened(micro_batches: list[MicroBatch]) -> torch.Tensor:
+            first, second, *others = micro_batches
+            short = [part if part is None else part[:, :6] for part in second]
+            return real([first, MicroBatch(*short), *others])
+
+        run.pipeline.forward_backward = shortened  # type: ignore[method-assign, assignment]
+
+    try:
+        return None if run_cell(cell, change) is None else "went on"
+    except ValueError as error:
+        return str(error)
+
+
+def test_another_sequence_length_is_refused_on_every_stage(pool: Pool) -> None:
+    message = (
+        "micro-batch 1 is (2, 6), but pipeline stages exchange tensors for --micro-batch-size (2) samples of "
+        "--seq-length (8) tokens"
+    )
+    assert pool.run(with_a_shorter_batch, Cell(layout=PP2, world_size=2)) == [message, message, None, None]
+
+
 def sent_bytes(cell: Cell) -> int | None:
     """What this rank sends in one step."""
     pipelines: list[Pipeline] = []

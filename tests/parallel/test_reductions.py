@@ -88,9 +88,23 @@ def forget(group: str, run: train.Run) -> None:
             slot.placement = slot.placement._replace(sum_over=None)
 
 
-def test_shared_key_value_heads_are_summed(runs: Runs) -> None:
-    model = f"{SHAPES['gpt']} --group-query-attention --num-query-groups 1"
-    cell = Cell(model, TP2, world_size=2, num_steps=1)
+SHARED = {
+    "kv": (
+        f"{SHAPES['gpt']} --group-query-attention --num-query-groups 1",
+        TP2,
+        ("linear_qkv.weight", "linear_qkv.bias"),
+    ),
+    "embedding": (GPT, "--pipeline-model-parallel-size 2", ("embedding.weight",)),
+    "etp": (EXPERTS, f"{TP2} {SP}", ("experts.linear_fc2.bias",)),
+}
+"""Group whose ranks hold the same part of a parameter -> a model, a layout and the parameters."""
+
+
+@pytest.mark.parametrize("group", SHARED)
+def test_what_several_ranks_hold_is_summed(runs: Runs, group: str) -> None:
+    """Shared key/value heads, a tied table on two pipeline stages, biases of experts that ranks share."""
+    model, layout, names = SHARED[group]
+    cell = Cell(model, layout, world_size=2, num_steps=1)
     runs.check(cell)
-    found = runs.differences(cell, functools.partial(forget, "kv"))
-    assert any("linear_qkv.weight" in line for line in found) and any("linear_qkv.bias" in line for line in found)
+    found = runs.differences(cell, functools.partial(forget, group))
+    assert all(any(name in line for line in found) for name in names), found
