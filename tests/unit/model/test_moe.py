@@ -290,6 +290,24 @@ def test_routers_stay_wide_in_bf16() -> None:
     assert model.get_parameter("layers.0.mlp.experts.linear_fc1.weight").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_router_dtype(score: str) -> None:
+    """fp64 in an fp32 model: scores that fp32 cannot hold; the branch's output stays fp32."""
+    form = {"moe_router_score_function": score}
+    x = torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(2))
+    found = {}
+    for dtype in ("fp32", "fp64"):
+        branch = built(moe_config({**form, "moe_router_dtype": dtype}), "fp32").stage_layers()[1].mlp
+        found[dtype] = branch.router(x).weights.double()
+        assert branch(x).dtype == torch.float32
+        logits = (x.double() @ branch.router.weight.double().t()).flatten(0, 1)
+    chosen = logits.topk(2).values
+    expected = chosen.softmax(-1) if score == "softmax" else chosen.sigmoid() / chosen.sigmoid().sum(-1, keepdim=True)
+    assert_near(found["fp64"], expected, "fp64", 1e-14)
+    assert_near(found["fp32"], expected, "fp32", 1e-5)
+    assert not torch.allclose(found["fp32"], expected, rtol=1e-10, atol=0)
+
+
 class HostReads(TorchDispatchMode):
     """Operations whose result's shape, or a Python number, depends on what is in a tensor."""
 
