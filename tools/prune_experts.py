@@ -12,8 +12,8 @@ are shown.
 
 Every layer with experts keeps ``--keep`` of them, the same number from each of ``--moe-router-num-groups``; of equal
 scores the lower expert stays. Routers, expert biases, experts and their optimizer states lose the same rows, so the
-result is loaded and trained on like any checkpoint, with ``--num-experts KEEP``, at any layout. One tensor at a time is
-in memory.
+result is loaded and trained on like any checkpoint, with ``--num-experts KEEP``, at any layout. About 2 GB of
+tensors are in memory at a time.
 """
 
 from __future__ import annotations
