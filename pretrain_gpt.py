@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 from megatron_hc.cli import parse_with_checkpoint
-from megatron_hc.launch import one_voice, place_of
+from megatron_hc.launch import one_voice
+from megatron_hc.place import place_of
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0 done, 1 stopped at a number that is not finite or failed, 2 for what the user can mend."""
+    """Exit codes (docs/operations.md): 0 done, 1 failed, 2 for what the user can mend, 74 trained but not all saved, 85
+    saved because told to stop."""
     with one_voice("pretrain_gpt.py"):
         # torch is loaded only once the flags are known to be right: a wrong one is refused at once.
         parsed = parse_with_checkpoint(argv)
@@ -17,9 +19,9 @@ def main(argv: list[str]) -> int:
         from megatron_hc.mesh import leave_groups
         from megatron_hc.train import train
 
-        train(parsed)
+        progress = train(parsed)
         leave_groups()
-    return 0
+        return progress.exit_code
 
 
 if __name__ == "__main__":

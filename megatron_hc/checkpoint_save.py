@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +22,13 @@ from torch import Tensor
 from megatron_hc.checkpoint_folder import (
     FORMAT,
     MANIFEST,
+    FileRecord,
     beside,
+    checksum,
     flush,
     folder_name,
+    latest_iteration,
+    manifest_text,
     prepare,
     publish,
     remove,
@@ -32,6 +37,7 @@ from megatron_hc.checkpoint_folder import (
     write_tracker,
 )
 from megatron_hc.checkpoint_ranks import all_ranks, dtype_of, gather, key_of, stored_of
+from megatron_hc.launch import SAVE_FAILED, SAVED_TO_RESUME
 from megatron_hc.mesh import Mesh
 from megatron_hc.stored import Stored
 
@@ -83,17 +89,23 @@ def _finish(
     with all_ranks(mesh):
         if mesh.is_first:
             prepare(root, partial, staged.total_bytes)
-    sizes: dict[str, int] = {}
+    written: dict[str, FileRecord] = {}
     with all_ranks(mesh):
-        sizes = write(staged, partial)
-    for other in gather(sizes, mesh):
-        sizes = sizes | other
+        written = write(staged, partial)
+    for other in gather(written, mesh):
+        written = written | other
     with all_ranks(mesh):
         if mesh.is_first:
             for name, text in texts.items():
-                sizes[name] = write_text(partial / name, text)
-            manifest = {"format": FORMAT, "iteration": iteration, "files": sizes, "tensors": staged.index}
-            write_text(partial / MANIFEST, json.dumps(manifest))
+                written[name] = write_text(partial / name, text)
+            manifest = {
+                "format": FORMAT,
+                "iteration": iteration,
+                "files": {name: record.size for name, record in written.items()},
+                "crc32": {name: record.crc32 for name, record in written.items()},
+                "tensors": staged.index,
+            }
+            write_text(partial / MANIFEST, manifest_text(manifest))
             publish(partial, final)
             write_tracker(root, iteration)
             remove(beside(final, ".old"))
@@ -147,9 +159,9 @@ def stage(tensors: Mapping[str, Tensor | Stored], mesh: Mesh, copy: bool = False
     return Staged(files, index, sum(written))
 
 
-def write(staged: Staged, folder: Path) -> dict[str, int]:
-    """Write this rank's files and flush them to the disk: file name -> size in bytes. Talks to no other rank."""
-    sizes = {}
+def write(staged: Staged, folder: Path) -> dict[str, FileRecord]:
+    """Write this rank's files and flush them to the disk: by name, size and checksum. Talks to no other rank."""
+    written = {}
     for file, slices in staged.files.items():
         seen: set[int] = set()
         for name, tensor in slices.items():  # safetensors refuses two names for one memory
@@ -162,8 +174,8 @@ def write(staged: Staged, folder: Path) -> dict[str, int]:
             raise OSError(f"{folder / file} could not be written: {error}") from error
         open_to_readers(folder / file)
         flush(folder / file)
-        sizes[file] = (folder / file).stat().st_size
-    return sizes
+        written[file] = FileRecord((folder / file).stat().st_size, checksum(folder / file))
+    return written
 
 
 def open_to_readers(file: Path) -> None:
@@ -224,13 +236,17 @@ class Saver:
 
     Then ``save`` returns once the tensors are copied to CPU memory, and a thread writes them. The thread talks to the
     other ranks' threads over the mesh's group "writer", so that nothing gets between the collectives of the training.
-    The next ``save``, and ``wait``, first wait for it and raise its error if it failed; what was saved before is then
-    untouched. ``say`` is called, in the thread too, with what there is to tell.
+    The next ``save``, and ``join``, first wait for it. ``say`` is called, in the thread too, with what there is to
+    tell.
+
+    A save that the disk refuses does not end the run: it is said, what was saved before is untouched, and ``failed``
+    lists its iteration.
     """
 
     def __init__(self, mesh: Mesh, in_background: bool, say: Callable[[str], None]) -> None:
         group = mesh.group("writer" if in_background else "world")
         self.mesh = dataclasses.replace(mesh, groups={**mesh.groups, "world": group})
+        self.failed: list[int] = []
         self._in_background, self._say = in_background, say
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -247,25 +263,52 @@ class Saver:
     ) -> None:
         """Like the function ``save``; all ranks call together."""
         self.wait()
-        started = time.monotonic()
-        if not self._in_background:
-            folder = save(root, iteration, tensors, state, arguments, mesh=self.mesh, retain_interval=retain_interval)
-            self._say(f"saved {folder} in {time.monotonic() - started:.1f} s")
-            return
-        texts = _texts(state, arguments)
-        staged = stage(tensors, self.mesh, copy=True)
-        self._say(f"saving iteration {iteration} in the background after {time.monotonic() - started:.1f} s")
+        started, texts = time.monotonic(), _texts(state, arguments)
+        staged = stage(tensors, self.mesh, copy=self._in_background)
 
-        def write_it() -> None:
+        def finish() -> None:
             try:
                 folder = _finish(Path(root), iteration, staged, texts, self.mesh, retain_interval)
+            except ValueError as error:
+                self._note_failure(Path(root), iteration, error)
+            else:
                 self._say(f"saved {folder} in {time.monotonic() - started:.1f} s")
+
+        if not self._in_background:
+            finish()
+            return
+        self._say(f"saving iteration {iteration} in the background after {time.monotonic() - started:.1f} s")
+
+        def in_background() -> None:
+            try:
+                finish()
             except BaseException as error:
                 self._error = error
                 self._say(f"the save of iteration {iteration} failed: {error}")
 
-        self._thread = threading.Thread(target=write_it, name="checkpoint writer", daemon=True)
+        self._thread = threading.Thread(target=in_background, name="checkpoint writer", daemon=True)
         self._thread.start()
+
+    def _note_failure(self, root: Path, iteration: int, error: ValueError) -> None:
+        """The disk is full, gone or read-only, which may pass: give back what the save has taken of it."""
+        self.failed.append(iteration)
+        last = None
+        if self.mesh.is_first:
+            shutil.rmtree(beside(root / folder_name(iteration), ".tmp"), ignore_errors=True)
+            last = latest_iteration(root)
+        self._say(
+            f"WARNING: the save of iteration {iteration} failed: {error}. Training goes on; "
+            + (f"the newest checkpoint is iteration {last}" if last is not None else "there is no checkpoint yet")
+        )
+
+    def exit_code(self, iteration: int, code: int) -> int:
+        """What the process should end with at an iteration, where ``code`` if all saves had been written."""
+        if not self.failed:
+            return code
+        goes_on = code == SAVED_TO_RESUME and iteration not in self.failed
+        code = code if goes_on else SAVE_FAILED
+        self._say(f"WARNING: not saved: iterations {', '.join(map(str, self.failed))}; exit code {code}")
+        return code
 
     def join(self) -> None:
         """Until the last save has ended, well or badly."""
@@ -274,7 +317,7 @@ class Saver:
             self._thread = None
 
     def wait(self) -> None:
-        """Until the last save is finished; raises what went wrong in it."""
+        """Until the last save has ended; raises what went wrong in it, a failing disk aside."""
         self.join()
         if self._error is not None:
             error, self._error = self._error, None

@@ -122,6 +122,7 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "no_mmap_bin_files": NotNeeded("data is always memory-mapped"),
     "num_dataset_builder_threads": NotNeeded("index files are built in one go", 1),
     "data_impl": NotNeeded("there is one data format", 1, ("mmap", "infer")),
+    "exit_signal_handler_for_dataloader": NotNeeded("signals never end the readers of data"),
     "legacy_tokenizer": NotNeeded("there is one tokenizer interface"),
     "no_position_embedding": NotNeeded("--position-embedding-type says it"),
     # Optimizer
@@ -157,6 +158,9 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "timing_log_level": NotNeeded("the iteration's time is always written", 1),
     "timing_log_option": NotNeeded("the iteration's time is always written", 1),
     "log_progress": NotNeeded("--metrics-jsonl holds it"),
+    "disable_straggler_on_startup": NotNeeded("--log-straggler alone turns it on"),
+    "straggler_ctrlr_port": NotNeeded("--log-straggler opens no port", 1),
+    "straggler_minmax_count": NotNeeded("--log-straggler names the slowest rank of each stage", 1),
     "no_one_logger": NotNeeded("nothing is sent anywhere"),
 }
 """Flag (underscores) -> why it is not needed. Values that change the numbers are refused, see ``NotNeeded.values``."""

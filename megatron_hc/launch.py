@@ -13,12 +13,18 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
+
+from megatron_hc.place import Place, place_of
 
 USER_ERROR, FAILURE = 2, 1  # exit codes
+SAVE_FAILED = 74
+"""Exit code: trained to the end, but a checkpoint could not be written (EX_IOERR of sysexits.h)."""
+SAVED_TO_RESUME = 85
+"""Exit code: saved because told to stop; started again, the run goes on."""
 PATIENCE_S = 5.0  # how long a process waits for the one that failed first to say so
 GRACE_S = 0.5
 PACKAGE = Path(__file__).parent
@@ -30,46 +36,6 @@ class TrainingStopped(RuntimeError):
 
 class Hang(RuntimeError):
     """A process waited for the others for too long; says where."""
-
-
-class Place(NamedTuple):
-    """This process among the processes of the run."""
-
-    rank: int
-    world_size: int
-    local_rank: int | None
-    """Among those of this machine; None where nothing says it."""
-
-
-def place_of(environment: Mapping[str, str] = os.environ) -> Place:
-    """What torchrun's variables say; one process where there are none.
-
-    Raises ``ValueError`` for variables that contradict each other: with half of them each process would train alone.
-    """
-    numbers = {name: _number(environment, name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
-    world_size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
-    if (world_size is None or world_size == 1) and not rank:
-        return Place(0, 1, numbers["LOCAL_RANK"])
-    present = f"WORLD_SIZE={world_size}" if world_size is not None else f"RANK={rank}"
-    missing = [name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if missing:
-        raise ValueError(
-            f"{present} is set without {', '.join(missing)}: start the processes "
-            "with torchrun, which sets all of them, or unset it for one process"
-        )
-    assert world_size is not None and rank is not None
-    if rank >= world_size:
-        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}: start the processes with torchrun")
-    return Place(rank, world_size, numbers["LOCAL_RANK"])
-
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name)
-    if not text:
-        return None
-    if not re.fullmatch(r"[0-9]+", text) or name == "WORLD_SIZE" and int(text) == 0:
-        raise ValueError(f"{name}={text} must be a whole number: start the processes with torchrun, or unset it")
-    return int(text)
 
 
 def note_iteration(error: BaseException, iteration: int) -> None:

@@ -10,10 +10,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol
 
 from megatron_hc.config import LogConfig, ModelConfig, TrainConfig
+from megatron_hc.log_files import Heartbeat
 from megatron_hc.log_sinks import ROUTER_LOSSES, Record, Sink, check_sinks, open_sinks
 
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "A100": 312.0, "H100": 989.0, "H200": 989.0, "GB200": 2500.0, "B200": 2250.0}
@@ -81,6 +83,10 @@ class Logger:
         self.flops_per_sample = flops_per_token(config.model, vocab_size) * config.model.seq_length
         self.peak_tflops = _peak_tflops(config, layout.device)
         self._sinks: list[Sink] = []
+        self._heartbeat: Heartbeat | None = None
+        self._failing: set[str] = set()
+        self._iteration = start_iteration
+        self._skipped = 0
         self._bar: Any = None
         self._losses: list[Any] = []
         self._router_losses: dict[str, list[list[float | None]]] = {}
@@ -93,6 +99,9 @@ class Logger:
     def __enter__(self) -> Logger:
         if self.layout.is_first:
             self._sinks = open_sinks(self.config, self.start_iteration)
+            if self.config.logging.heartbeat_file is not None:
+                self._heartbeat = Heartbeat(self.config.logging.heartbeat_file)
+            self._beat("training")
             if sys.stderr.isatty():
                 from tqdm import tqdm
 
@@ -104,8 +113,9 @@ class Logger:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+        self._beat("ended" if exception == (None, None, None) else "failed")
         for sink in self._sinks:
-            sink.close()
+            self._keep_going(sink.close)
         self._sinks = []
 
     def say(self, text: str) -> None:
@@ -114,18 +124,46 @@ class Logger:
             return
         if self._bar is not None:
             self._bar.clear()
-        print(text, flush=True)
+        with suppress(OSError):  # the disk under the output is full: no reason to end the run
+            print(text, flush=True)
         if self._bar is not None:
             self._bar.refresh()
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time spent inside (validation, saving) does not count as time of an iteration."""
+    def pause(self, state: str = "paused") -> Iterator[None]:
+        """Time spent inside (``state``: "validation", "saving") does not count as time of an iteration."""
         self._stop_clock()
+        self._beat(state)
         try:
             yield
         finally:
+            self._beat("training")
             self._since = self._clock()
+
+    def _beat(self, state: str) -> None:
+        if self._heartbeat is not None:
+            beat = self._heartbeat.beat
+            self._keep_going(lambda: beat(self._iteration, state))
+
+    def _keep_going(self, action: Callable[[], object]) -> None:
+        """A file of numbers that cannot be written does not end the run."""
+        try:
+            action()
+        except OSError as error:
+            name = str(error.filename or error)
+            if name not in self._failing:
+                self._failing.add(name)
+                self.say(f"WARNING: {name} cannot be written ({error.strerror or error}). Training goes on")
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether a line is shown at this iteration."""
+        return iteration % self.config.logging.log_interval == 0 or iteration == self.total_iterations
+
+    def skipped(self, iteration: int) -> None:
+        """Note an iteration of --iterations-to-skip: it has no loss, and a line that is due comes with the next."""
+        self._iteration, self._skipped = iteration, self._skipped + 1
+        self.say(f"skipped iteration {iteration}, as --iterations-to-skip says")
+        self._beat("training")
 
     def _stop_clock(self) -> None:
         if self._since is not None:
@@ -153,13 +191,15 @@ class Logger:
         and layer, None for layers without experts. ``bubble``: the share of the time that pipeline stages waited, and
         the ideal; called as ``params_norm`` is.
         """
+        self._iteration = iteration
+        self._beat("training")
         self._losses.append(loss)
         for name, values in (router_losses or {}).items():
             self._router_losses.setdefault(name, []).append(list(values))
         self._num_timed += 1
         if self._bar is not None:
             self._bar.update()
-        if iteration % self.config.logging.log_interval and iteration != self.total_iterations:
+        if not self.is_due(iteration):
             return
         losses = [float(value) for value in self._losses]
         self._stop_clock()
@@ -180,6 +220,7 @@ class Logger:
             "params_norm": None if params_norm is None else params_norm(),
             "bubble": waited,
             "ideal_bubble": least,
+            "skipped_iterations": self._skipped,
             "nan_iterations": sum(not math.isfinite(value) for value in losses),
             **self._speed(seconds, batch_size),
             "memory_bytes": peak_memory(self.layout.device),
@@ -188,6 +229,7 @@ class Logger:
             "time": time.time(),
         }
         self._losses, self._router_losses, self._num_timed, self._seconds = [], {}, 0, 0.0
+        self._skipped = 0
         self._show(console_line(record, self.total_iterations, self.config.logging), record)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {record['lm_loss']:.4f}")
@@ -246,7 +288,7 @@ class Logger:
     def _show(self, text: str, record: Record) -> None:
         self.say(text)
         for sink in self._sinks:
-            sink.write(record)
+            self._keep_going(partial(sink.write, record))
 
     def state(self) -> dict[str, Any]:
         """The losses that no line has shown yet: saved with a checkpoint, the next line's mean is that of one run."""
@@ -281,7 +323,8 @@ def console_line(record: Record, total_iterations: int, options: LogConfig) -> s
         parts.append(f"num zeros: {record['num_zeros']}")
     if record["params_norm"] is not None:
         parts.append(f"params norm: {record['params_norm']:.3f}")
-    parts += ["number of skipped iterations:   0", f"number of nan iterations: {record['nan_iterations']:3d}"]
+    parts.append(f"number of skipped iterations: {record['skipped_iterations']:3d}")
+    parts.append(f"number of nan iterations: {record['nan_iterations']:3d}")
     if record["tokens_per_second"] is not None:
         parts.append(f"tokens per second: {record['tokens_per_second']:.0f}")
     if record["mfu"] is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_hc.config import LogConfig, TrainConfig
+from megatron_hc.log_files import Prometheus
 
 Record = dict[str, Any]
 """The numbers of one logged iteration, or of one validation, by name."""
@@ -69,6 +70,9 @@ def check_sinks(options: LogConfig) -> None:
             raise ValueError(f"{name} needs the {library} package: pip install 'megatron_hc[log]'")
     if options.metrics_jsonl is not None:
         _lines_until(Path(options.metrics_jsonl), 0)
+    for name, file in (("--heartbeat-file", options.heartbeat_file), ("--prometheus-file", options.prometheus_file)):
+        if file is not None and Path(file).is_dir():
+            raise ValueError(f"{name} {file} is a folder: name a file")
 
 
 def open_sinks(config: TrainConfig, start_iteration: int) -> list[Sink]:
@@ -81,6 +85,8 @@ def open_sinks(config: TrainConfig, start_iteration: int) -> list[Sink]:
         sinks.append(TensorBoard(options.tensorboard_dir))
     if options.wandb_project is not None:
         sinks.append(WeightsAndBiases(config))
+    if options.prometheus_file is not None:
+        sinks.append(Prometheus(options.prometheus_file))
     return sinks
 
 
@@ -99,7 +105,10 @@ class JsonLines:
             beside = path.with_name(path.name + ".tmp")
             beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             os.replace(beside, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        """Lines that a full disk has not taken yet."""
 
     def write(self, record: Record) -> None:
         if _subject(record) in self._kept:
@@ -108,10 +117,22 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what waits; a disk that is full in the middle of a line leaves no half of it."""
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                assert written is not None
+                self._waiting = self._waiting[written:]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
+        if self._waiting:
+            self._flush()
         self._file.close()
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
 from megatron_hc.config import TrainConfig
-from megatron_hc.launch import Place, place_of
+from megatron_hc.place import Place, place_of
 
 Join = Callable[[list[list[int]]], Any]
 """Makes a process group of each list of ranks and returns this rank's."""
@@ -114,7 +115,8 @@ def join(config: TrainConfig) -> Mesh:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_timeout(config, device))
+    meeting = {"init_method": place.init_method, "rank": rank, "world_size": world_size}
+    torch.distributed.init_process_group(backend, timeout=_timeout(config, device), **meeting)  # type: ignore[arg-type]
     return mesh_of(rank, world_size, config, device)
 
 
@@ -242,11 +244,19 @@ def _device(wanted: str, place: Place) -> str:
     if wanted == "cpu":
         return wanted
     if place.local_rank is None and place.world_size > 1:
-        raise ValueError("LOCAL_RANK, which says which GPU is whose, is not set: start the processes with torchrun")
+        raise ValueError("LOCAL_RANK, which says which GPU is whose, is not set: start with torchrun or srun")
     local = place.local_rank or 0
+    if place.launcher == "Slurm" and torch.cuda.device_count() == 1 and _has_own_gpu(os.environ):
+        local = 0  # Slurm shows each task the one GPU that it is bound to
     if local >= torch.cuda.device_count():
         raise ValueError(
             f"--device cuda: this machine has {torch.cuda.device_count()} CUDA devices and process {local} of it needs "
             "one of its own; start fewer processes, or use --device cpu"
         )
     return f"cuda:{local}"
+
+
+def _has_own_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether srun's flags have given every task a GPU of its own (--gpus-per-task, --gpu-bind)."""
+    bound = environment.get("SLURM_GPU_BIND", "") + environment.get("SLURM_TRES_BIND", "")
+    return bool(environment.get("SLURM_GPUS_PER_TASK")) or "single" in bound or "per_task" in bound

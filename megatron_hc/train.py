@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc import checkpoint
+from megatron_hc.checkpoint_access import choose, locked
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
 from megatron_hc.data import (
@@ -25,7 +26,7 @@ from megatron_hc.data import (
     tokenizer_of,
 )
 from megatron_hc.evaluation import Sums, Tasks, lines_of, whole_losses
-from megatron_hc.launch import TrainingStopped, note_iteration
+from megatron_hc.launch import SAVED_TO_RESUME, TrainingStopped, note_iteration
 from megatron_hc.log import Logger
 from megatron_hc.mesh import Mesh, build_mesh
 from megatron_hc.model.branch import branch_factors
@@ -51,6 +52,11 @@ from megatron_hc.parallel.plan import (
 from megatron_hc.parallel.profile import Profiler
 from megatron_hc.parallel.replicas import differing_weights, samples_not_finite
 from megatron_hc.parallel.slots import expert_sharding_of, sharding_of
+from megatron_hc.parallel.straggler import ranks_by_host, straggler_report
+from megatron_hc.place import explain, place_of
+from megatron_hc.save_lock import check_lock
+from megatron_hc.signals import StopRequest
+from megatron_hc.spikes import SpikeWatch
 from megatron_hc.state import from_dense, gather_state, is_dense, model_tensors, restore_state, training_tensors
 from megatron_hc.stored import Stored
 from megatron_hc.watchdog import watched
@@ -63,6 +69,8 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     started: float = field(default_factory=time.monotonic)
+    exit_code: int = 0
+    """Of the process, once training has ended."""
 
 
 @dataclass
@@ -89,6 +97,8 @@ class Run:
     logger: Logger
     profiler: Profiler
     saver: checkpoint.Saver
+    stop: StopRequest
+    spikes: SpikeWatch
 
 
 def train(parsed: Parsed) -> Progress:
@@ -97,7 +107,14 @@ def train(parsed: Parsed) -> Progress:
     Raises ``ValueError`` for settings, files and checkpoints that cannot work (before anything is written), and
     ``TrainingStopped`` at a loss or gradient that is not finite.
     """
-    run = set_up(parsed)
+    with StopRequest(parsed.config.training) as stop:
+        run = set_up(parsed, stop=stop)
+        with locked(run.config.checkpoint.save, run.mesh):
+            return train_until_stopped(run)
+
+
+def train_until_stopped(run: Run) -> Progress:
+    """Train, evaluate and save until the run is finished or has to stop."""
     config, progress = run.config, run.progress
     loader = build_loader(
         _required(run.datasets[0]),
@@ -111,7 +128,10 @@ def train(parsed: Parsed) -> Progress:
         with run.logger, run.profiler, watched(config.parallel, run.mesh, lambda: progress.iteration):
             while not is_finished(run):
                 run.profiler.step(progress.iteration)
-                train_step(run, loader)
+                if progress.iteration + 1 in config.training.iterations_to_skip:
+                    skip_step(run, loader)
+                else:
+                    train_step(run, loader)
                 is_saved = False
                 if _divides(config.training.eval_interval, progress.iteration):
                     evaluate(run, "validation")
@@ -132,6 +152,7 @@ def train(parsed: Parsed) -> Progress:
                     score_tasks(run)
         run.optimizer.wait_for_parameters()
         run.saver.wait()
+        progress.exit_code = run.saver.exit_code(progress.iteration, progress.exit_code)
     except Exception as error:
         note_iteration(error, progress.iteration + 1)
         raise
@@ -141,16 +162,17 @@ def train(parsed: Parsed) -> Progress:
     return progress
 
 
-def set_up(parsed: Parsed, mesh: Mesh | None = None) -> Run:
+def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = None) -> Run:
     """Check everything that can be wrong, then build it, then load; ``mesh``: of processes that are already joined."""
     config = parsed.config
     mesh = build_mesh(config) if mesh is None else mesh
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
+        check_lock(config.checkpoint.save)
     tokenizer = tokenizer_of(config.data)
     model = build_model(config, tokenizer.vocab_size, mesh)
     placed = placements(model, mesh)
-    source = find_checkpoint(config)
+    source = choose(config.checkpoint, mesh)
     if source is not None:
         checkpoint.check(source, asked_of(source, config, model_tensors(model, placed)))
     batches = BatchSchedule(config.training, mesh.size("dp"))
@@ -169,8 +191,11 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None) -> Run:
     is_whole = config.evaluation.full_validation
     whole = build_whole_validation(config, tokenizer, num_mock_samples(config, batches)) if is_whole else {}
     datasets = build_datasets(config, tokenizer, num_samples(config, batches))  # writes index caches: comes last
+    logger.say(explain(place_of()))
     logger.say(describe(config, parsed.origins))
     profiler = Profiler(config.logging, mesh)
+    if config.logging.log_straggler:
+        logger.say(ranks_by_host(mesh))
     if mesh.size("pp") > 1:
         logger.say(config.parallel.pipeline_layout(config.model.num_layers).describe())
     # Dropout only: initial weights and data order have seeds of their own. Stages do not repeat each other's masks.
@@ -195,6 +220,8 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None) -> Run:
         logger=logger,
         profiler=profiler,
         saver=checkpoint.Saver(mesh, config.checkpoint.async_save, logger.say),
+        stop=stop or StopRequest(config.training),
+        spikes=SpikeWatch(config.training),
     )
     if source is not None:
         load(run, source)
@@ -261,6 +288,8 @@ def train_step(run: Run, loader: Loader) -> None:
     run.optimizer.reduce_gradients()
     grad_norm = run.optimizer.grad_norm()
     check_finite(run, losses, loss, grad_norm, loader)
+    for warning in run.spikes.warnings(loss, grad_norm, progress.iteration + 1, loader.last_samples):
+        run.logger.say(warning)
     stats: StepStats = run.optimizer.step(
         grad_norm,
         run.learning_rate.at(consumed),
@@ -284,6 +313,17 @@ def train_step(run: Run, loader: Loader) -> None:
         router_losses=finish_routers(run.model, run.mesh),
         bubble=run.pipeline.bubble if run.mesh.size("pp") > 1 else None,
     )
+    if run.config.logging.log_straggler and run.logger.is_due(progress.iteration):
+        run.logger.say(straggler_report(*run.pipeline.work(), run.mesh))
+
+
+def skip_step(run: Run, loader: Loader) -> None:
+    """--iterations-to-skip: the samples are read, and nothing is learned from them."""
+    consumed = run.progress.consumed_samples
+    loader.next(run.batches.num_micro_batches(consumed))
+    run.progress.iteration += 1
+    run.progress.consumed_samples += run.batches.global_batch_size(consumed)
+    run.logger.skipped(run.progress.iteration)
 
 
 def weighted(batches: Sequence[Batch], config: TrainConfig, mesh: Mesh) -> list[MicroBatch]:
@@ -357,7 +397,7 @@ def evaluate(run: Run, split: str) -> float | None:
     if dataset is None or training.eval_iters == 0 or training.eval_interval == 0:
         return None
     earlier = (progress.iteration - 1) // training.eval_interval if split == "validation" else 0
-    with run.logger.pause():
+    with run.logger.pause("validation"):
         loader = build_loader(
             dataset,
             run.mesh,
@@ -420,25 +460,19 @@ def is_finished(run: Run) -> bool:
 
 
 def should_exit(run: Run) -> bool:
-    """--exit-interval and --exit-duration-in-mins."""
+    """--exit-interval, --exit-duration-in-mins and --exit-signal, agreed on by all ranks."""
     training, progress = run.config.training, run.progress
     minutes = (time.monotonic() - progress.started) / 60
     is_late = training.exit_duration_in_mins is not None and minutes > training.exit_duration_in_mins
+    signal, is_late = run.stop.agreed(is_late, run.mesh)
+    if signal is not None and not is_finished(run):
+        run.logger.say(f"{signal}: saving and exiting the program at iteration {progress.iteration}")
+        progress.exit_code = SAVED_TO_RESUME
+        return True
     if is_late or _divides(training.exit_interval, progress.iteration):
         run.logger.say(f"exiting the program at iteration {progress.iteration}")
         return True
     return False
-
-
-def find_checkpoint(config: TrainConfig) -> Any:
-    """The folder to load; None where there is nothing to load and that is allowed."""
-    options = config.checkpoint
-    if options.load is None:
-        return None
-    if options.ckpt_step is None and not options.exit_on_missing_checkpoint:
-        if checkpoint.latest_iteration(options.load) is None:
-            return None
-    return checkpoint.find(options.load, options.ckpt_step)
 
 
 def is_upcycled(source: Any, config: TrainConfig) -> bool:
@@ -465,12 +499,12 @@ def save(run: Run) -> None:
     if options.save is None:
         return
     state = gather_state(run.optimizer, progress.iteration, progress.consumed_samples, with_rng=options.save_rng)
-    with run.logger.pause():
+    with run.logger.pause("saving"):
         run.saver.save(
             options.save,
             progress.iteration,
             training_tensors(run.model, run.placed, run.optimizer, with_optimizer=options.save_optim),
-            state | {"logger": run.logger.state()},
+            state | {"logger": run.logger.state(), "spikes": run.spikes.state()},
             run.arguments,
             retain_interval=options.save_retain_interval,
         )
@@ -488,6 +522,7 @@ def load(run: Run, source: Any) -> None:
     restore_state(state, run.optimizer if with_optimizer else None, run.mesh, with_rng=with_rng)
     if not weights_only:
         run.logger.restore(state["logger"])
+        run.spikes.restore(state.get("spikes", {}))
     run.logger.say(f"loaded {source}")
 
 

@@ -61,6 +61,10 @@ class TrainConfig:
             self.model.moe.num_experts is not None or not self.logging.moe_per_layer_logging,
             "--moe-per-layer-logging needs --num-experts",
         )
+        require(
+            self.checkpoint.save is not None or not self.training.exit_signal_handler,
+            "--exit-signal-handler needs --save: it saves where a signal comes",
+        )
         if self.checkpoint.moe_use_upcycling:
             self._validate_upcycling()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal
 
-from megatron_hc.config.common import flag, positive, require
+from megatron_hc.config.common import flag, positive, require, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,23 @@ class TrainingConfig:
     """Save and end at the first iteration that this divides."""
     exit_duration_in_mins: float | None = None
     """Save and end after this many minutes."""
+    exit_signal_handler: bool = False
+    """On --exit-signal to any rank: finish the step, save, and end with exit code 85 (saved because told to stop)."""
+    exit_signal: tuple[Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"], ...] = ("SIGTERM", "SIGUSR1")
+    """The signals that --exit-signal-handler takes."""
     calculate_per_token_loss: bool = False
     """Average the loss over all tokens of the global batch instead of over micro-batch means."""
     check_for_nan_in_loss_and_grad: bool = True
     """Stop at a loss or gradient that is not finite, naming the iteration and the samples."""
     check_weight_hash_across_dp_replicas_interval: int | None = None
     """Iterations between checks that all data-parallel copies of the weights are the same; stop where they are not."""
+    check_for_spiky_loss: bool = False
+    """Warn at a loss or gradient norm above --spiky-loss-factor times the largest of the last 100 iterations, naming
+    the iteration and the samples."""
+    spiky_loss_factor: float = 10.0
+    """How far above the largest of the last 100 iterations a loss or gradient norm is a spike."""
+    iterations_to_skip: tuple[int, ...] = ()
+    """Iterations whose samples are read without a step of the optimizer."""
     bf16: bool = False
     """Weights and activations in bfloat16, with fp32 master weights, gradients, norms and residual parameters."""
     fp64: bool = False
@@ -54,6 +66,16 @@ class TrainingConfig:
         require(0 <= self.seed < 2**32, f"--seed must be in 0 .. {2**32 - 1}, not {self.seed}")
         for name in ("eval_interval", "eval_iters"):
             require(getattr(self, name) >= 0, f"{flag(name)} must not be negative, not {getattr(self, name)}")
+        positive(self, "spiky_loss_factor")
+        require(
+            self.spiky_loss_factor == 10.0 or self.check_for_spiky_loss,
+            "--spiky-loss-factor needs --check-for-spiky-loss",
+        )
+        require(bool(self.exit_signal), "--exit-signal must name a signal")
+        require(
+            all(iteration > 0 for iteration in self.iterations_to_skip),
+            f"--iterations-to-skip ({shown(self.iterations_to_skip)}) counts iterations from 1",
+        )
         require(not (self.bf16 and self.fp64), "--bf16 and --fp64 exclude each other")
         per_step = self.micro_batch_size * data_parallel_size
         total = self.global_batch_size or per_step
@@ -120,6 +142,8 @@ class CheckpointConfig:
     experts already is loaded as it is."""
     use_checkpoint_args: bool = False
     """Take the model's and tokenizer's arguments from the checkpoint."""
+    verify_checkpoint: bool = False
+    """Compare the checksums of a checkpoint's files before it is loaded; where they differ, use the one before."""
     exit_on_missing_checkpoint: bool = False
     """Refuse to start where --load holds no checkpoint."""
 
@@ -139,8 +163,8 @@ class CheckpointConfig:
                 f"--save-retain-interval ({self.save_retain_interval}) must be a multiple of --save-interval "
                 f"({self.save_interval})",
             )
-        needing = ("ckpt_step", "finetune", "moe_use_upcycling", "use_checkpoint_args", "exit_on_missing_checkpoint")
-        for name in needing:
+        needing = ["ckpt_step", "finetune", "moe_use_upcycling", "use_checkpoint_args", "verify_checkpoint"]
+        for name in [*needing, "exit_on_missing_checkpoint"]:
             value = getattr(self, name)
             require(value is None or value is False or self.load is not None, f"{flag(name)} needs --load")
 
@@ -169,6 +193,12 @@ class LogConfig:
     """Losses of the routers layer by layer in the sinks, besides their means."""
     metrics_jsonl: str | None = None
     """File of one JSON object per logged iteration: the console's numbers, tokens/s, MFU, memory and ETA."""
+    log_straggler: bool = False
+    """With every console line, name the slowest rank of each pipeline stage."""
+    heartbeat_file: str | None = None
+    """File that says when the last iteration ended, at most a second old while the run goes on."""
+    prometheus_file: str | None = None
+    """File of the console's numbers for Prometheus's node exporter (its textfile collector wants NAME.prom)."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for MFU (default: known for NVIDIA A100, H100, H200, B200)."""
     profile: bool = False

@@ -90,6 +90,7 @@ class Pipeline:
         self._schedules: dict[tuple[int, bool], Schedule] = {}
         self._busy = self._total = 0.0
         self._ideal_bubble = 0.0
+        self._worked, self._steps = 0.0, 0
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Accumulate the gradients of the step's loss; returns each micro-batch's share of it, [micro-batches].
@@ -128,6 +129,11 @@ class Pipeline:
         self._busy = self._total = 0.0
         return float(all_reduce(waited, self.group)) / self.layout.size, self._ideal_bubble
 
+    def work(self) -> tuple[float, int]:
+        """(seconds of this process in forward and backward passes since the last call, training steps since then)."""
+        found, self._worked, self._steps = (self._worked, self._steps), 0.0, 0
+        return found
+
     def schedule(self, num_micro_batches: int, has_backward: bool) -> Schedule:
         """Made once for every number of micro-batches."""
         key = num_micro_batches, has_backward
@@ -148,9 +154,10 @@ class Pipeline:
         for action in schedule.actions[self.rank]:
             passes.perform(action)
         passes.finish()
-        if has_backward and self.layout.num_stages > 1:
+        if has_backward and (self.layout.num_stages > 1 or self.config.logging.log_straggler):
             self._ideal_bubble = schedule.bubble
-            self._busy += passes.busy_seconds()
+            busy = passes.busy_seconds()
+            self._busy, self._worked, self._steps = self._busy + busy, self._worked + busy, self._steps + 1
             self._total += time.perf_counter() - started
         dtype = loss_dtype(self.config) if shape is None else torch.float64
         losses = torch.zeros(len(micro_batches), *(shape or ()), dtype=dtype, device=self.mesh.device)

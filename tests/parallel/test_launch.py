@@ -16,8 +16,9 @@ from processes import ROOT, TINY, Processes
 
 from megatron_hc import launch, train
 from megatron_hc.config import ParallelConfig
-from megatron_hc.launch import Place, describe_frames, place_of
+from megatron_hc.launch import describe_frames
 from megatron_hc.mesh import Mesh
+from megatron_hc.place import Place, explain, first_host, place_of
 from megatron_hc.watchdog import Watchdog
 
 # ---- the environment ----
@@ -27,10 +28,65 @@ COMPLETE = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "h
 
 def test_the_place_in_the_environment() -> None:
     assert place_of({}) == Place(0, 1, None)
-    assert place_of({"WORLD_SIZE": "1"}) == Place(0, 1, None)
-    assert place_of({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}) == Place(0, 1, 0)
-    assert place_of(COMPLETE) == Place(3, 4, 1)
-    assert place_of(COMPLETE | {"LOCAL_RANK": ""}) == Place(3, 4, None)
+    assert place_of({"WORLD_SIZE": "1"}) == Place(0, 1, None, "the environment")
+    assert place_of({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}) == Place(0, 1, 0, "the environment")
+    assert place_of(COMPLETE) == Place(3, 4, 1, "the environment", ("host", 29500))
+    assert place_of(COMPLETE | {"LOCAL_RANK": ""}) == Place(3, 4, None, "the environment", ("host", 29500))
+    assert place_of(COMPLETE | {"TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
+
+
+SLURM = {
+    **{"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[03-05]", "SLURM_NTASKS": "6", "SLURM_PROCID": "5"},
+    **{"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[03-05]"},
+}
+"""Of task 5 of `srun --nodes 3 --ntasks-per-node 2`, as Slurm 22.05 sets them."""
+
+
+def test_the_place_in_a_step_of_slurm() -> None:
+    place = place_of(SLURM)
+    assert place == Place(5, 6, 1, "Slurm", ("n03", 10000 + 77 * 31 + 2))
+    assert place.init_method == "tcp://n03:12389"
+    assert explain(place, SLURM) == "6 processes by Slurm, meeting at n03:12389, Slurm job 77 on n[03-05]"
+    assert place_of(SLURM | {"MASTER_ADDR": "fe80::1", "MASTER_PORT": "29400"}).init_method == "tcp://[fe80::1]:29400"
+    assert place_of(SLURM | {"WORLD_SIZE": "6"}) == place, "what many batch scripts export"
+    assert place_of(SLURM | COMPLETE | {"RANK": "5", "WORLD_SIZE": "6"}).launcher == "the environment"
+    restarted = explain(place, SLURM | {"SLURM_RESTART_COUNT": "2"})
+    assert restarted.endswith("Slurm job 77 on n[03-05], started again 2 times")
+
+
+def test_what_is_no_step_of_slurm() -> None:
+    torchrun = SLURM | COMPLETE | {"TORCHELASTIC_RUN_ID": "77", "RANK": "0"}
+    assert place_of(torchrun) == Place(0, 4, 1, "torchrun", ("host", 29500)), "torchrun by srun, one task per node"
+    batch = {name: text for name, text in SLURM.items() if "STEP" not in name} | {"SLURM_PROCID": "0"}
+    assert place_of(batch) == Place(0, 1, None)
+    assert "has room for 6" in explain(place_of(batch), batch)
+    assert place_of(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == Place(0, 1, None)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"WORLD_SIZE": "8"}, r"WORLD_SIZE=8 is set, but srun has started 6 tasks \(SLURM_STEP_NUM_TASKS\): unset"),
+        (
+            COMPLETE,
+            r"WORLD_SIZE=4 and RANK=3 are set, but srun says task 5 of 6 \(SLURM_PROCID, ",
+        ),
+        (COMPLETE | {"WORLD_SIZE": "12", "RANK": "9"}, "WORLD_SIZE=12 and RANK=9 are set, but srun says task 5 of 6"),
+        ({"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST names no node: set MASTER_ADDR"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID=x must be a whole number"),
+    ],
+)
+def test_slurm_and_other_variables_that_contradict_each_other(change: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        place_of(SLURM | change)
+
+
+def test_the_first_host_of_a_list() -> None:
+    for text, host in {
+        **{"n1": "n1", "n[3-5]": "n3", "n[03,07-9],m": "n03", "a,b": "a", "127.0.0.[1-3]": "127.0.0.1"},
+        **{"r[1-2]n[05-06].x": "r1n05.x", "": ""},
+    }.items():
+        assert first_host(text) == host
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli_options": {"config"},
     "cli_help": {"config", "cli_options"},
     "cli": {"config", "cli_help", "cli_options", "cli_megatron", "checkpoint_folder"},
-    "mesh": {"config", "launch", "pipeline_layout"},
-    "log": {"config", "log_sinks"},
-    "log_sinks": {"config"},
+    "mesh": {"config", "pipeline_layout", "place"},
+    "log": {"config", "log_files", "log_sinks"},
+    "log_sinks": {"config", "log_files"},
+    "log_files": set(),
+    "signals": {"config", "mesh", "parallel"},
+    "spikes": {"config"},
+    "save_lock": set(),
     "kernels": set(),
     "residual": {"config", "kernels"},
     "model": {"config", "residual", "kernels"},
@@ -29,11 +33,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"config", "mesh"},
     "optim": {"config", "mesh"},
     "checkpoint": {"config", "mesh", "checkpoint_folder", "checkpoint_ranks", "checkpoint_save", "stored"},
-    "checkpoint_save": {"mesh", "checkpoint_folder", "checkpoint_ranks", "stored"},
-    "launch": set(),
+    "checkpoint_save": {"launch", "mesh", "checkpoint_folder", "checkpoint_ranks", "stored"},
+    "launch": {"place"},
+    "place": set(),
     "watchdog": {"config", "launch", "mesh"},
     "checkpoint_ranks": {"mesh", "stored"},
     "checkpoint_folder": set(),
+    "checkpoint_access": {"checkpoint_folder", "checkpoint_ranks", "config", "mesh", "save_lock"},
     "stored": set(),
     "state": {"mesh", "model", "parallel", "stored"},
     "connections": {"model", "residual"},
@@ -85,7 +91,7 @@ ALWAYS_THERE = {"torch", "numpy", "packaging", "yaml", "safetensors", "sentencep
 """The libraries that setup.py installs without an extra."""
 
 TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
-TORCH_FREE += ("launch",)
+TORCH_FREE += ("launch", "place")
 
 COPIED = "convert/hf_code/"
 """Files that are copied beside exported weights and never imported here."""

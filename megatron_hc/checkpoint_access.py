@@ -1,0 +1,82 @@
+"""Which checkpoint a run begins from, and that no other job writes where it writes: decided once for all ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_hc.checkpoint_folder import find, is_changed, iterations_before, latest_iteration, read_manifest
+from megatron_hc.checkpoint_ranks import all_ranks, gather
+from megatron_hc.config.training import CheckpointConfig
+from megatron_hc.mesh import Mesh
+from megatron_hc.save_lock import SaveLock
+
+
+def choose(options: CheckpointConfig, mesh: Mesh) -> Path | None:
+    """The folder to load, the same for all ranks; None where there is nothing to load and that is allowed.
+
+    With --verify-checkpoint a checkpoint whose files have changed is passed over for the one before, with a warning; if
+    --ckpt-step names it, or if there is none before, ValueError.
+    """
+    if options.load is None:
+        return None
+    found: Path | None = None
+    with all_ranks(mesh):
+        if mesh.is_first:
+            must_exist = options.ckpt_step is not None or options.exit_on_missing_checkpoint
+            if must_exist or latest_iteration(options.load) is not None:
+                found = find(options.load, options.ckpt_step)
+    found = gather(found, mesh)[0]
+    if found is None or not options.verify_checkpoint:
+        return found
+    return _verified(found, options, mesh)
+
+
+def _verified(newest: Path, options: CheckpointConfig, mesh: Mesh) -> Path:
+    """The checkpoint itself, or the newest before it whose checksums are right."""
+    assert options.load is not None
+    candidates = [newest]
+    if options.ckpt_step is None:
+        candidates += gather(iterations_before(options.load, newest) if mesh.is_first else [], mesh)[0]
+    damaged = []
+    for folder in candidates:
+        reason = changed_file(folder, mesh)
+        if reason is None:
+            return folder
+        damaged.append(reason)
+        if mesh.is_first and folder != candidates[-1]:
+            logging.getLogger(__name__).warning("%s: NOT USING THIS CHECKPOINT, trying the one before", reason)
+    raise ValueError(
+        f"--verify-checkpoint: {'; '.join(damaged)}: "
+        + ("choose another --ckpt-step" if options.ckpt_step is not None else "no checkpoint before it is whole")
+    )
+
+
+def changed_file(folder: Path, mesh: Mesh) -> str | None:
+    """A file of a whole checkpoint that is not what was written, in words; the ranks share the reading."""
+    found: str | None = None
+    with all_ranks(mesh):
+        manifest = read_manifest(folder)
+        if "crc32" not in manifest and mesh.is_first:
+            logging.getLogger(__name__).warning("%s was saved without checksums: it cannot be verified", folder)
+        for name in sorted(manifest["files"])[mesh.world_rank :: mesh.world_size]:
+            if is_changed(folder, name, manifest):
+                found = f"{folder / name} is not what was written (its checksum differs)"
+                break
+    return next((reason for reason in gather(found, mesh) if reason is not None), None)
+
+
+@contextmanager
+def locked(save: str | None, mesh: Mesh) -> Iterator[None]:
+    """While the context lasts no other job may write to --save."""
+    lock = SaveLock(save) if save is not None and mesh.is_first else None
+    with all_ranks(mesh):
+        if lock is not None:
+            lock.__enter__()
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.__exit__()

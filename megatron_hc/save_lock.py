@@ -1,0 +1,198 @@
+"""One job at a time writes a --save folder: a lock file with host, job and time, which no crash leaves locked.
+
+The kernel's record lock on the file ends with the process, so on the same machine a lock is either held or stale. From
+another machine (record locks do not reach across every network file system) the lock counts as held while its time is
+younger than ``STALE_S``, by the clock of the file system: the holder renews it every ``RENEW_S``. A job that Slurm or
+torchrun has started again knows its own earlier attempt, and takes its lock over at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "lock.json"
+RENEW_S = 15.0
+STALE_S = 120.0
+
+
+class SaveLock:
+    """A context that holds the lock of a folder; refuses (ValueError) where another job does."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / NAME
+        self._handle: int | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lock of --save", daemon=True)
+
+    def __enter__(self) -> SaveLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = self._take()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            os.close(self._handle)
+            self._handle = None
+
+    def _take(self) -> int:
+        while True:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                _refuse_if_held(self.path, handle)
+                if _is_still_at(self.path, handle):
+                    _write(handle, _self_description())
+                    return handle
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # its last holder has just removed it
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW_S):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+
+
+def check_lock(folder: str | Path) -> None:
+    """Refuse a folder that another job is writing to; writes nothing."""
+    path = Path(folder) / NAME
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # not there; or taking it will say why it cannot be opened
+    try:
+        _refuse_if_held(path, handle)
+    finally:
+        os.close(handle)
+
+
+def _refuse_if_held(path: Path, handle: int) -> None:
+    content = os.pread(handle, 65536, 0)
+    held = _description(content)
+    age = _age(path)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(_refusal(path, held, age)) from None
+    except OSError:
+        pass  # this file system has no record locks: its time decides
+    if not content:
+        return  # made by us just now, or by a job that ended before it could write
+    if held and (held.get("boot") == _boot() or _is_earlier_attempt(held)):
+        why = "its process has ended" if held.get("boot") == _boot() else "it is of an earlier attempt of this job"
+    elif age is None or age <= STALE_S:
+        raise ValueError(_refusal(path, held, age))
+    else:
+        why = f"its last sign of life is {age:.0f} s old"
+    logging.getLogger(__name__).warning("%s is stale (%s): taking it over from %s", path, why, _who(held))
+
+
+def _refusal(path: Path, held: Mapping[str, Any], age: float | None) -> str:
+    sign = "" if age is None else f", last sign of life {age:.0f} s ago"
+    if age is not None and age < -1:
+        sign = f", and its time lies {-age:.0f} s ahead"
+    return (
+        f"--save {path.parent} is being written by {_who(held)}{sign}: wait until that job ends, choose another "
+        f"folder, or delete {path} if you know that the job is gone"
+    )
+
+
+def _who(held: Mapping[str, Any]) -> str:
+    if not held:
+        return "a job whose lock cannot be read"
+    job = f"job {held.get('job')}, " if held.get("job") else ""
+    return f"{job}process {held.get('pid')} on {held.get('host')}, started {held.get('time')}"
+
+
+def _age(path: Path) -> float | None:
+    """Seconds since the lock was renewed, by the file system's own clock where a file can be made beside it."""
+    try:
+        renewed = path.stat().st_mtime
+    except OSError:
+        return None
+    probe = path.with_name(f".{NAME}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+    except OSError:
+        now = time.time()
+    return now - renewed
+
+
+def _is_still_at(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _write(handle: int, description: Mapping[str, Any]) -> None:
+    text = json.dumps(dict(description)).encode()
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, text, 0)
+    os.fsync(handle)
+
+
+def _description(content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError:  # UnicodeDecodeError too
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _self_description() -> dict[str, Any]:
+    job, attempt = _job()
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "job": job,
+        "attempt": attempt,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _job() -> tuple[str | None, list[int]]:
+    """(what Slurm or torchrun calls this job, how often they have started it again)."""
+    slurm, elastic = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID")
+    restarts = [_count("SLURM_RESTART_COUNT"), _count("TORCHELASTIC_RESTART_COUNT")]
+    if slurm:
+        return f"{slurm} of Slurm", restarts
+    return (f"{elastic} of torchrun" if elastic and elastic != "none" else None), restarts
+
+
+def _count(name: str) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _is_earlier_attempt(held: Mapping[str, Any]) -> bool:
+    job, attempt = _job()
+    theirs = held.get("attempt")
+    is_list = isinstance(theirs, list) and all(isinstance(count, int) for count in theirs)
+    return job is not None and held.get("job") == job and is_list and theirs < attempt  # type: ignore[operator]
+
+
+def _boot() -> str:
+    """What two processes of one running kernel have in common."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return socket.gethostname()
