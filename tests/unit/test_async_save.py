@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hc import checkpoint, checkpoint_save
+from megatron_hc import checkpoint, checkpoint_folder, checkpoint_save
 from megatron_hc.checkpoint import Saver
 from megatron_hc.mesh import Mesh
 
@@ -40,26 +40,47 @@ def test_the_run_goes_on_and_what_is_saved_does_not_change(tmp_path: Path, monke
     ]
 
 
-def test_a_failed_save_is_said_at_once_and_raised_at_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_full_disk_is_said_and_does_not_end_the_run(
+    in_background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
-    saver = Saver(Mesh(), True, said.append)
+    saver = Saver(Mesh(), in_background, said.append)
     saver.save(tmp_path, 1, {"model.w": torch.ones(3)}, {}, {})
     saver.wait()
+    assert saver.exit_code(1, 0) == 0
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_save, "save_file", full)
-    saver.save(tmp_path, 2, {"model.w": torch.ones(3)}, {}, {})
-    saver.join()
-    assert said[-1].startswith("the save of iteration 2 failed: ") and "No space left" in said[-1]
-    with pytest.raises(ValueError, match="No space left"):
-        saver.save(tmp_path, 3, {"model.w": torch.ones(3)}, {}, {})
-    assert checkpoint.latest_iteration(tmp_path) == 1
+    for iteration in (2, 3):
+        saver.save(tmp_path, iteration, {"model.w": torch.ones(3)}, {}, {})
+        saver.wait()
+        assert f"WARNING: the save of iteration {iteration} failed: " in said[-1] and "No space left" in said[-1]
+        assert said[-1].endswith("Training goes on; the newest checkpoint is iteration 1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", checkpoint_folder.TRACKER]
+    assert saver.failed == [2, 3] and saver.exit_code(3, 85) == 74, "nothing to resume from at 3"
     monkeypatch.undo()
-    saver.save(tmp_path, 3, {"model.w": torch.ones(3)}, {}, {})
+    saver.save(tmp_path, 4, {"model.w": torch.ones(3)}, {}, {})
     saver.wait()
-    assert checkpoint.latest_iteration(tmp_path) == 3
+    assert checkpoint.latest_iteration(tmp_path) == 4
+    assert saver.exit_code(4, 0) == 74 and "not saved: iterations 2, 3; exit code 74" in said[-1]
+    assert saver.exit_code(4, 85) == 85, "told to stop, and saved"
+
+
+def test_a_mistake_in_the_background_is_raised_at_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    saver = Saver(Mesh(), True, lambda text: None)
+    monkeypatch.setattr(checkpoint_save, "save_file", mistaken)
+    saver.save(tmp_path, 2, {"model.w": torch.ones(3)}, {}, {})
+    with pytest.raises(ZeroDivisionError):
+        saver.save(tmp_path, 3, {"model.w": torch.ones(3)}, {}, {})
+    assert saver.failed == []
 
 
 def test_without_background_a_save_is_done_when_it_returns(tmp_path: Path) -> None:
