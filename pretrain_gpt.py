@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from megatron_hc.cli import parse_with_checkpoint
-from megatron_hc.launch import one_voice
+from megatron_hc.launch import leave_with, one_voice
 from megatron_hc.place import place_of
 
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
 
         progress = train(parsed)
         leave_groups()
-        return progress.exit_code
+        return leave_with(progress.exit_code)
 
 
 if __name__ == "__main__":

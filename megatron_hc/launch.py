@@ -6,6 +6,7 @@ once: ``one_voice`` keeps an account of it in the process group's store. Loads f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -36,6 +37,24 @@ class TrainingStopped(RuntimeError):
 
 class Hang(RuntimeError):
     """A process waited for the others for too long; says where."""
+
+
+def leave_with(code: int) -> int:
+    """The exit code of a run that has ended in order, for ``sys.exit``.
+
+    Rank 0 also writes it to the file that MEGATRON_HC_EXIT_CODE_FILE names: torchrun ends with 1 for any code but 0.
+    While torchrun has --max-restarts left, any code but 0 would make it start the run again: then it is told 0.
+    """
+    place, file = place_of(), os.environ.get("MEGATRON_HC_EXIT_CODE_FILE")
+    if place.rank == 0 and file:
+        with contextlib.suppress(OSError):
+            Path(file).write_text(f"{code}\n", encoding="utf-8")
+    restarts = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+    if code and all(text.isdecimal() for text in restarts) and int(restarts[0]) < int(restarts[1]):
+        if place.rank == 0:
+            print(f"exit code {code}, told to torchrun as 0: it would start the run again", flush=True)
+        return 0
+    return code
 
 
 def note_iteration(error: BaseException, iteration: int) -> None:

@@ -52,6 +52,8 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place:
     if missing:
         raise ValueError(f"{present} is set without {', '.join(missing)}: {MEND}")
     assert world_size is not None and rank is not None and numbers["MASTER_PORT"] is not None
+    if numbers["MASTER_PORT"] == 0:
+        raise ValueError("MASTER_PORT=0 is no port: give torchrun --standalone, or a --master-port that is free")
     if rank >= world_size:
         raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}: {MEND}")
     master = environment["MASTER_ADDR"], numbers["MASTER_PORT"]

@@ -16,13 +16,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 NAME = "lock.json"
 RENEW_S = 15.0
 STALE_S = 120.0
+ENDING_S = 60.0
 
 
 class SaveLock:
@@ -50,6 +51,7 @@ class SaveLock:
             self._handle = None
 
     def _take(self) -> int:
+        _wait_for_earlier_attempt(self.path)
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -71,14 +73,40 @@ class SaveLock:
 def check_lock(folder: str | Path) -> None:
     """Refuse a folder that another job is writing to; writes nothing."""
     path = Path(folder) / NAME
+    _wait_for_earlier_attempt(path)
+    with _opened(path) as handle:
+        if handle is not None:
+            _refuse_if_held(path, handle)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """A handle of a lock file; None where it is not there, or where taking it will say why it cannot be opened."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return  # not there; or taking it will say why it cannot be opened
+        yield None
+        return
     try:
-        _refuse_if_held(path, handle)
+        yield handle
     finally:
         os.close(handle)
+
+
+def _wait_for_earlier_attempt(path: Path) -> None:
+    """A scheduler may start a job again a moment before the last process of its earlier attempt has ended."""
+    deadline = time.monotonic() + ENDING_S
+    while time.monotonic() < deadline:
+        with _opened(path) as handle:
+            if handle is None or not _is_earlier_attempt(_description(os.pread(handle, 65536, 0))):
+                return
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    return
+        time.sleep(0.2)
 
 
 def _refuse_if_held(path: Path, handle: int) -> None:

@@ -96,6 +96,7 @@ def test_the_first_host_of_a_list() -> None:
         ({"RANK": "", "MASTER_ADDR": "", "MASTER_PORT": ""}, "without RANK, MASTER_ADDR, MASTER_PORT: .* torchrun"),
         ({"MASTER_ADDR": ""}, "WORLD_SIZE=4 is set without MASTER_ADDR"),
         ({"WORLD_SIZE": ""}, "RANK=3 is set without WORLD_SIZE"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is no port"),
         ({"RANK": "4"}, "RANK=4 must be below WORLD_SIZE=4"),
         ({"WORLD_SIZE": "1"}, "RANK=3 must be below WORLD_SIZE=1"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be"),

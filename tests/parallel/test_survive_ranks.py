@@ -71,7 +71,7 @@ def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path: Path) ->
     script = tmp_path / "dies_once.py"
     script.write_text(DIES_ONCE.format(root=str(ROOT)))
     argv = f"{SHARED.format(tmp_path)} --metrics-jsonl {tmp_path}/metrics.jsonl".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     run = subprocess.run(
         [*command, "--max-restarts", "1", str(script), *argv],
         capture_output=True,

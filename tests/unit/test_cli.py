@@ -43,8 +43,8 @@ def test_every_flag_sets_its_own_field_and_no_other() -> None:
         if option.kind is bool:
             argv, expected = ([flag("no_" + name)], False) if option.default else ([flag(name)], True)
         elif option.choices:
-            expected = next(choice for choice in option.choices if choice != option.default)
-            argv = [flag(name), expected]
+            choice = next(choice for choice in option.choices if choice != option.default)
+            argv, expected = [flag(name), choice], (choice,) if option.many else choice
         else:
             number = {str: "text", int: 7, float: 0.125}[option.kind]
             expected = (number,) if option.many else number
