@@ -114,7 +114,7 @@ def test_a_contradictory_environment_is_refused(change: dict[str, str], message:
 
 def test_torchrun_shows_one_sentence_for_a_layout_that_cannot_work() -> None:
     argv = f"{TINY} --train-iters 1 --tensor-model-parallel-size 3".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone"]
     found = subprocess.run(
         [*command, str(ROOT / "pretrain_gpt.py"), *argv],
         capture_output=True,

@@ -15,7 +15,7 @@ from processes import ROOT, TINY, Processes
 from slurm_cluster import Cluster, cluster, why_not
 
 SCRIPTS = ROOT / "examples" / "slurm"
-ITERATIONS = 300
+ITERATIONS = 150
 LAYOUTS = {
     "2 nodes, srun": ("pretrain_srun.sbatch", 2, 1, "--tensor-model-parallel-size 2"),
     "2 nodes, torchrun": ("pretrain.sbatch", 2, 2, "--tensor-model-parallel-size 2"),
