@@ -11,7 +11,7 @@ from megatron_hc.checkpoint_folder import find, is_changed, iterations_before, l
 from megatron_hc.checkpoint_ranks import all_ranks, gather
 from megatron_hc.config.training import CheckpointConfig
 from megatron_hc.mesh import Mesh
-from megatron_hc.save_lock import SaveLock
+from megatron_hc.save_lock import SaveLock, check_lock
 
 
 def choose(options: CheckpointConfig, mesh: Mesh) -> Path | None:
@@ -66,6 +66,13 @@ def changed_file(folder: Path, mesh: Mesh) -> str | None:
                 found = f"{folder / name} is not what was written (its checksum differs)"
                 break
     return next((reason for reason in gather(found, mesh) if reason is not None), None)
+
+
+def check_not_locked(save: str, mesh: Mesh) -> None:
+    """Refuse a --save that another job is writing to, before anything is built."""
+    with all_ranks(mesh):
+        if mesh.is_first:
+            check_lock(save)
 
 
 @contextmanager

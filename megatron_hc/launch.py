@@ -49,6 +49,11 @@ def leave_with(code: int) -> int:
     if place.rank == 0 and file:
         with contextlib.suppress(OSError):
             Path(file).write_text(f"{code}\n", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk below the log: Python would try again at its end, and make the exit code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     restarts = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
     if code and all(text.isdecimal() for text in restarts) and int(restarts[0]) < int(restarts[1]):
         if place.rank == 0:

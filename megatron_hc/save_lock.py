@@ -100,25 +100,16 @@ def _wait_for_earlier_attempt(path: Path) -> None:
         with _opened(path) as handle:
             if handle is None or not _is_earlier_attempt(_description(os.pread(handle, 65536, 0))):
                 return
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_held(handle):
                 return
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):
-                    return
-        time.sleep(0.2)
 
 
 def _refuse_if_held(path: Path, handle: int) -> None:
     content = os.pread(handle, 65536, 0)
     held = _description(content)
     age = _age(path)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(_refusal(path, held, age)) from None
-    except OSError:
-        pass  # this file system has no record locks: its time decides
+    if _is_held(handle):
+        raise ValueError(_refusal(path, held, age))
     if not content:
         return  # made by us just now, or by a job that ended before it could write
     if held and (held.get("boot") == _boot() or _is_earlier_attempt(held)):
@@ -128,6 +119,21 @@ def _refuse_if_held(path: Path, handle: int) -> None:
     else:
         why = f"its last sign of life is {age:.0f} s old"
     logging.getLogger(__name__).warning("%s is stale (%s): taking it over from %s", path, why, _who(held))
+
+
+def _is_held(handle: int, patience_s: float = 1.0) -> bool:
+    """Whether another process has the record lock; else this one has it now. A look like this one passes quickly."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return True
+        except OSError:
+            return False  # this file system has no record locks: the lock's time decides
+        time.sleep(0.1)
 
 
 def _refusal(path: Path, held: Mapping[str, Any], age: float | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc import checkpoint
-from megatron_hc.checkpoint_access import choose, locked
+from megatron_hc.checkpoint_access import check_not_locked, choose, locked
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
 from megatron_hc.data import (
@@ -54,7 +54,6 @@ from megatron_hc.parallel.replicas import differing_weights, samples_not_finite
 from megatron_hc.parallel.slots import expert_sharding_of, sharding_of
 from megatron_hc.parallel.straggler import ranks_by_host, straggler_report
 from megatron_hc.place import explain, place_of
-from megatron_hc.save_lock import check_lock
 from megatron_hc.signals import StopRequest
 from megatron_hc.spikes import SpikeWatch
 from megatron_hc.state import from_dense, gather_state, is_dense, model_tensors, restore_state, training_tensors
@@ -168,7 +167,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     mesh = build_mesh(config) if mesh is None else mesh
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
-        check_lock(config.checkpoint.save)
+        check_not_locked(config.checkpoint.save, mesh)
     tokenizer = tokenizer_of(config.data)
     model = build_model(config, tokenizer.vocab_size, mesh)
     placed = placements(model, mesh)
