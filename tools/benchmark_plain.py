@@ -10,6 +10,7 @@ median over rounds of the ratio of their times, so that a drift of the machine's
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import tempfile
@@ -30,9 +31,9 @@ LAYERS, WIDTH, HEADS, LENGTH, BATCH, VOCAB = 4, 128, 4, 64, 12, 256
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm_bias: bool) -> None:
         super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH, bias=norm_bias), nn.LayerNorm(WIDTH, bias=norm_bias)
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.fc, self.out = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
 
@@ -45,22 +46,24 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """What one would write without this project."""
+    """What one would write without this project: nanoGPT's model. Its norms have no bias, the timed ones do."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm_bias: bool = True) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks, self.norm = nn.ModuleList(Block() for _ in range(LAYERS)), nn.LayerNorm(WIDTH)
-        for parameter in self.parameters():
+        self.blocks = nn.ModuleList(Block(norm_bias) for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(WIDTH, bias=norm_bias)
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                is_output = name.endswith(("proj.weight", "out.weight"))
+                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * LAYERS) if is_output else 1))
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
         logits = self.norm(x) @ self.tokens.weight.t()
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
 
 
 def plain_side(data: np.ndarray) -> Callable[[], None]:
