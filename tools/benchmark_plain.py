@@ -1,10 +1,11 @@
 """Time per iteration of the plain residual against a plain-torch script of the same shape, interleaved in one process.
 
-    python tools/benchmark_plain.py [--rounds 15] [--iterations 20] [--residual-connection hyper]
+    python tools/benchmark_plain.py [--rounds 15] [--iterations 20] [--clock cpu] [--residual-connection hyper]
 
 The shape is nanoGPT's CPU configuration (4 layers, 128 wide, 4 heads, 64 tokens, batch 12, 256 byte tokens). Both
 sides do a whole iteration: fetch a batch, forward, loss, backward, clip, AdamW. Rounds alternate, and the figure is the
-median over rounds of the ratio of their times, so that a drift of the machine's speed falls on both.
+median over rounds of the ratio of their times, so that a drift of the machine's speed falls on both. On a machine that
+does other work take --clock cpu with --threads 1: the time that the process had a core.
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ def our_side(prefix: str, extra: list[str]) -> Callable[[], None]:
     return lambda: train_step(run, loader)
 
 
-def timed(step: Callable[[], None], iterations: int) -> float:
+def timed(step: Callable[[], None], iterations: int, clock: Callable[[], float]) -> float:
     """Seconds per iteration."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(iterations):
         step()
-    return (time.perf_counter() - start) / iterations
+    return (clock() - start) / iterations
 
 
 def main() -> None:
@@ -108,8 +109,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="alternations (default: 15)")
     parser.add_argument("--iterations", type=int, default=20, help="iterations per round and side (default: 20)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what is timed (default: wall)")
     arguments, extra = parser.parse_known_args()
     torch.set_num_threads(arguments.threads)
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.default_rng(0).integers(0, VOCAB - 1, 1_000_000).astype(np.uint16)
         with IndexedDatasetWriter(str(Path(folder) / "random"), np.uint16) as writer:
@@ -117,10 +120,10 @@ def main() -> None:
         sides = {"plain torch": plain_side(tokens), "megatron_hc": our_side(str(Path(folder) / "random"), extra)}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for step in sides.values():
-            timed(step, arguments.iterations)  # warm-up
+            timed(step, arguments.iterations, clock)  # warm-up
         for _ in range(arguments.rounds):
             for name in random.sample(list(sides), 2):
-                times[name].append(timed(sides[name], arguments.iterations))
+                times[name].append(timed(sides[name], arguments.iterations, clock))
     for name, values in times.items():
         print(f"{name:12s} {1e3 * statistics.median(values):8.2f} ms per iteration (median)")
     ratios = [ours / plain for ours, plain in zip(times["megatron_hc"], times["plain torch"], strict=True)]

@@ -73,6 +73,15 @@ def _log_sum_and_label(logits: Tensor, target: _Target, shard: VocabShard) -> tu
     return total.log() + top, of_label
 
 
+def _log_probs_and_label(logits: Tensor, target: _Target, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """logits [T, V], which are lost -> (log softmax over the whole vocabulary [T, V], the label's [T, 1])."""
+    if shard.reduce is None:
+        log_probs = logits.log_softmax(-1)
+        return log_probs, log_probs.gather(1, target.row)
+    log_sum, of_label = _log_sum_and_label(logits, target, shard)
+    return logits.sub_(log_sum), of_label - log_sum
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,25 +97,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = promote(weight.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        grad_weight: Tensor | None = None
         size = chunk_tokens(weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            logits = chunk_logits(hidden[part], weight, vocab_size, shard)
             target = _target(labels[part], weight.shape[0], shard)
-            log_sum, of_label = _log_sum_and_label(logits, target, shard)
+            log_probs, of_label = _log_probs_and_label(
+                chunk_logits(hidden[part], weight, vocab_size, shard), target, shard
+            )
             scale = token_weights[part, None].to(dtype)
-            loss += ((log_sum - of_label) * scale).sum()
+            loss -= (of_label * scale).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad = logits.sub_(log_sum).exp_()  # d loss / d logits = softmax - one-hot
-            one = torch.ones_like(log_sum) if target.is_here is None else target.is_here.to(dtype)
+            grad = log_probs.exp_()  # d loss / d logits = softmax - one-hot
+            one = torch.ones_like(of_label) if target.is_here is None else target.is_here.to(dtype)
             grad.scatter_add_(1, target.row, -one)
             grad = grad.mul_(scale).to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[part]
+            if needs_weight:
+                product = (grad.t() @ hidden[part]).to(dtype)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return loss
 

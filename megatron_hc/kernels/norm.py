@@ -12,18 +12,23 @@ def promote(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without its few microseconds where there is nothing to do: several times a sublayer."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; result in x's dtype (Zhang & Sennrich, 2019)."""
     dtype = promote(x.dtype)
-    wide = None if weight is None else weight.to(dtype)
-    return F.rms_norm(x.to(dtype), (x.shape[-1],), wide, eps).to(x.dtype)
+    wide = None if weight is None else cast(weight, dtype)
+    return cast(F.rms_norm(cast(x, dtype), (x.shape[-1],), wide, eps), x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dim; result in x's dtype (Ba et al., 2016)."""
     dtype = promote(x.dtype)
-    wide = [None if t is None else t.to(dtype) for t in (weight, bias)]
-    return F.layer_norm(x.to(dtype), (x.shape[-1],), wide[0], wide[1], eps).to(x.dtype)
+    wide = [None if t is None else cast(t, dtype) for t in (weight, bias)]
+    return cast(F.layer_norm(cast(x, dtype), (x.shape[-1],), wide[0], wide[1], eps), x.dtype)
 
 
 def norm(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

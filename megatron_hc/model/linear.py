@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
-from megatron_hc.kernels.norm import norm
+from megatron_hc.kernels.norm import cast, norm
 from megatron_hc.model.initial import Initial, LinearKind, initial_of
 from megatron_hc.residual import Draw, value_parts
 
@@ -69,7 +69,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x.to(self.weight.dtype), self.bias)
+        return self.multiply(cast(x, self.weight.dtype), self.bias)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T (+ b): what a zero-bubble pipeline replaces by a version whose weight gradient can wait."""
