@@ -59,6 +59,8 @@ class ModelConfig:
     """Factor of --use-rope-scaling."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of every norm."""
+    rmsnorm_bias: bool = False
+    """A bias in every RMSNorm: what a LayerNorm leaves that was made one (tools/retrofit_residual.py --pre-rmsnorm)."""
     norm_epsilon: float = 1e-5
     """Epsilon of every norm."""
     swiglu: bool = False
@@ -214,6 +216,15 @@ class ModelConfig:
         require(
             not (self.openai_gelu and (self.swiglu or self.squared_relu)),
             "--openai-gelu is about GELU: it does not go with --swiglu or --squared-relu",
+        )
+        require(
+            not self.rmsnorm_bias or self.normalization == "RMSNorm",
+            f"--rmsnorm-bias needs --normalization RMSNorm, not {self.normalization}",
+        )
+        require(
+            not self.rmsnorm_bias or self.residual.residual_connection not in OWN_NORM_CONNECTIONS,
+            f"--residual-connection {self.residual.residual_connection} norms its reads itself, without the bias of "
+            "--rmsnorm-bias: leave it out",
         )
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1), not {getattr(self, name)}")

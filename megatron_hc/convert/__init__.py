@@ -13,4 +13,5 @@
     logits.py      --check-logits
     megatron.py    Megatron-LM's torch_dist folders
     retrofit.py    a plain checkpoint -> another residual method of equal function
+    rmsnorm.py     LayerNorm -> RMSNorm of equal function
 """

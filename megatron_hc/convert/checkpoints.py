@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from megatron_hc import checkpoint
 from megatron_hc.checkpoint_folder import MANIFEST
+from megatron_hc.cli_options import dump, options
+from megatron_hc.config import TrainConfig
 from megatron_hc.convert.shards import Spec
 
 FILE_BYTES = 1 << 30
@@ -34,6 +37,12 @@ class Folder:
         """A whole tensor. Files are closed at once: an open one holds in memory what was read of it."""
         with self._reader as reader:
             return reader.read(name)
+
+
+def kept_arguments(source: Folder, config: TrainConfig) -> dict[str, Any]:
+    """The arguments to write of a changed configuration; where they came from is as it was."""
+    origins = {name: entry["origin"] for name, entry in source.origins.items()}
+    return dump(config, {name: origins.get(name, "default") for name in options()})
 
 
 @contextmanager

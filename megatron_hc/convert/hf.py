@@ -191,8 +191,7 @@ def export_hf(load: str, save: str, *, step: int | None, family: str | None, opt
         config = replace(config, data=replace(config.data, tokenizer_model=options.tokenizer_model))
     model, vocab_size = config.model, source.specs["model.embedding.weight"].shape[0]
     chosen = _chosen_family(model, family)
-    shapes = model_shapes(model, vocab_size)
-    _check_ours(source, shapes)
+    shapes = check_ours(source, model, vocab_size)
     target = Path(save)
     with new_folder(target) as partial:
         if chosen is None:
@@ -231,7 +230,9 @@ def _chosen_family(model: ModelConfig, asked: str | None) -> str | None:
     return asked
 
 
-def _check_ours(source: Folder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_ours(source: Folder, model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of our tensors; ``ValueError`` lists in what a checkpoint is not that model."""
+    shapes = model_shapes(model, vocab_size)
     held = {name.removeprefix("model."): spec for name, spec in source.specs.items() if name.startswith("model.")}
     missing, extra = sorted(shapes.keys() - held.keys()), sorted(held.keys() - shapes.keys())
     wrong = [
@@ -243,6 +244,7 @@ def _check_ours(source: Folder, shapes: Mapping[str, tuple[int, ...]]) -> None:
     problems = [f"{len(names)} tensors {what}: {_listed(names)}" for what, names in lists if names]
     if problems:
         raise ValueError(f"{source.path} does not hold what its arguments say: {'; '.join(problems)}")
+    return shapes
 
 
 def _write_weights(source: Folder, pieces: list[Piece], target: Path, options: Options) -> str:

@@ -45,6 +45,23 @@ def check_logits(hf_folder: str, our_folder: str, step: int | None, say: Callabl
     return worst
 
 
+def check_ours(before: tuple[str, int | None], after: tuple[str, int | None], say: Callable[[str], None]) -> float:
+    """The same for two checkpoints of ours: what a retrofit must not change."""
+    with torch.no_grad():
+        models = [load_model(root, step) for root, step in (before, after)]
+        length = min(models[0].config.model.max_positions, 128)
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(0, models[0].model.vocab_size, (2, length), generator=generator)
+        a, b = (found.model.float().output.logits(found.model(tokens)) for found in models)
+        worst = _compare("random tokens", a.transpose(0, 1), b.transpose(0, 1), say)
+    if not worst <= TOLERANCE:
+        raise ValueError(
+            f"--check-logits: logits before and after differ by {worst:.2e} of the largest logit, which is more than "
+            f"rounding ({TOLERANCE:.0e})"
+        )
+    return worst
+
+
 def _compare(name: str, a: Tensor, b: Tensor, say: Callable[[str], None]) -> float:
     difference, largest = float((a - b).abs().max()), float(a.abs().max())
     say(f"logits of {tuple(a.shape[:2])} {name}: largest difference {difference:.3e}, largest logit {largest:.3e}")

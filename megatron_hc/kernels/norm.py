@@ -32,5 +32,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def norm(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """``rms_norm`` or ``layer_norm`` by Megatron's names."""
-    return rms_norm(x, weight, eps) if kind == "RMSNorm" else layer_norm(x, weight, bias, eps)
+    """``rms_norm`` or ``layer_norm`` by Megatron's names; a bias of RMSNorm is added in at least fp32."""
+    if kind != "RMSNorm":
+        return layer_norm(x, weight, bias, eps)
+    if bias is None:
+        return rms_norm(x, weight, eps)
+    wide = promote(x.dtype)
+    return (rms_norm(x.to(wide), weight, eps) + bias.to(wide)).to(x.dtype)

@@ -60,15 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"config", "data", "inference", "mesh", "model", "parallel"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {
-        "checkpoint",
-        "checkpoint_folder",
-        "cli_options",
-        "config",
-        "data",
-        "inference",
-        "mesh",
-        "model",
-        "residual",
+        "checkpoint", "checkpoint_folder", "cli", "cli_options", "config", "data", "inference", "mesh", "model",
+        "parallel", "residual",
     },  # fmt: skip
 }
 """Part of the package -> parts it may import, besides itself. ``train`` may import all."""

@@ -28,6 +28,7 @@ class MegatronHCConfig(PretrainedConfig):
         rope_scaling_factor=None,  # Llama 3's scaling
         norm="RMSNorm",  # or "LayerNorm"
         norm_epsilon=1e-5,
+        norm_bias=False,  # of an RMSNorm
         norm_placement="pre",
         normformer_residual_scale=False,
         activation="swiglu",  # or "gelu", "gelu_tanh", "squared_relu"

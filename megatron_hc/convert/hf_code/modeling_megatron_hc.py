@@ -55,7 +55,8 @@ class Norm(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if config.norm == "LayerNorm" else None
+        has_bias = config.norm == "LayerNorm" or config.norm_bias
+        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return normed(x, self.config, self.weight, self.bias)
