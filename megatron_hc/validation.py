@@ -40,6 +40,8 @@ class Validation:
         for name, value in (("num-samples", num_samples), ("micro-batch-size", micro_batch_size)):
             if value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device {device} is not there: torch finds no CUDA device, use --device cpu")
         config = self.config = _of_one_process(folder, data_path)
         tokenizer = tokenizer_of(config.data, tokenizer_model)
         self.device = device

@@ -62,7 +62,7 @@ def add_validation_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-samples", type=int, default=256, help="sequences to score (default: 256)")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="sequences at a time (default: 8)")
-    parser.add_argument("--device", default="cpu", help="where to score: cpu or cuda (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to score (default: cpu)")
     parser.add_argument("--tokenizer-model", help="the tokenizer's file, if it has moved since training")
 
 

@@ -215,6 +215,11 @@ def test_mistakes_are_one_sentence(
         (average, [run, first, "--output", run], "exists: choose a folder that does not"),
         (average, [run, first, "--output", output, "--score", "--data-path", tmp_path / "x"], str(tmp_path / "x")),
         (average, [run, first, "--output", output, "--method", "greedy", "--num-samples", "0"], "--num-samples"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [(average, [run, first, "--output", output, "--score", "--device", "cuda"], "finds no CUDA device")]
+        ),
         (prune, [run, "--by-load", "--keep", 8, "--output", output], "below the 8 experts"),
         (prune, [run, "--by-load", "--keep", 3, "--output", output], "multiple of the 2 groups"),
         (prune, [run, "--by-load", "--keep", 2, "--output", output], "--keep 2 is too few: "),
