@@ -285,6 +285,22 @@ class Logger:
         shown = [f"{name}: {value:.4f}" for name, value in scores.items() if "_stderr" not in name]
         self._show(f" scores at iteration {iteration} | {' | '.join(shown)} |", record | {"time": time.time()})
 
+    def residual(self, iteration: int, consumed_samples: int, stats: Mapping[str, Sequence[float | None]]) -> None:
+        """Show what --log-residual-stats measured: residual/NAME_PLACE in the sinks, the extremes in a line."""
+        values = {
+            f"residual/{name}_{place}": value
+            for name, row in stats.items()
+            for place, value in enumerate(row)
+            if value is not None
+        }
+        parts = [f" residual stats at iteration {iteration}"]
+        for name, pick in (("grad_norm", max), ("branch_variance", max), ("stream_rank", min), ("forward_gain", max)):
+            if name in stats:
+                value, place = pick((v, i) for i, v in enumerate(stats[name]) if v is not None)
+                parts.append(f"{'largest' if pick is max else 'smallest'} {name}: {value:.4g} at {place}")
+        record: Record = {"iteration": iteration, "consumed_samples": consumed_samples, **values, "time": time.time()}
+        self._show(" | ".join(parts) + " |", record)
+
     def _show(self, text: str, record: Record) -> None:
         self.say(text)
         for sink in self._sinks:

@@ -43,7 +43,7 @@ TAGS = {
 ROUTER_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss")
 """Keys that are their own tags, and begin those of single layers: moe/NAME_layer_3 (Megatron-LM's names)."""
 
-NAMED = ("moe/", "eval/", "validation/")
+NAMED = ("moe/", "eval/", "validation/", "residual/")
 """What keys that are their own tags begin with: routers of single layers, scores of tasks, sources of a blend."""
 
 

@@ -54,6 +54,7 @@ from megatron_hc.parallel.replicas import differing_weights, samples_not_finite
 from megatron_hc.parallel.slots import expert_sharding_of, sharding_of
 from megatron_hc.parallel.straggler import ranks_by_host, straggler_report
 from megatron_hc.place import explain, place_of
+from megatron_hc.residual_stats import Stats, measure
 from megatron_hc.signals import StopRequest
 from megatron_hc.spikes import SpikeWatch
 from megatron_hc.state import from_dense, gather_state, is_dense, model_tensors, restore_state, training_tensors
@@ -289,6 +290,8 @@ def train_step(run: Run, loader: Loader) -> None:
     check_finite(run, losses, loss, grad_norm, loader)
     for warning in run.spikes.warnings(loss, grad_norm, progress.iteration + 1, loader.last_samples):
         run.logger.say(warning)
+    has_stats = _divides(run.config.logging.log_residual_stats, progress.iteration + 1)
+    layer_norms = run.optimizer.layer_grad_norms(run.config.model.num_layers) if has_stats else []
     stats: StepStats = run.optimizer.step(
         grad_norm,
         run.learning_rate.at(consumed),
@@ -314,6 +317,18 @@ def train_step(run: Run, loader: Loader) -> None:
     )
     if run.config.logging.log_straggler and run.logger.is_due(progress.iteration):
         run.logger.say(straggler_report(*run.pipeline.work(), run.mesh))
+    if has_stats:
+        log_residual_stats(run, micro_batches[0], layer_norms)
+
+
+def log_residual_stats(run: Run, micro_batch: MicroBatch, layer_norms: list[float]) -> None:
+    """--log-residual-stats: measure the first micro-batch of every data-parallel rank with the step's new weights."""
+    with run.logger.pause():
+        run.optimizer.wait_for_parameters()
+        whole = micro_batch._replace(branch_factors=None)
+        stats = measure(run.model, run.mesh, lambda: run.pipeline.forward([whole]))
+    norms: Stats = {"grad_norm": [*layer_norms]}
+    run.logger.residual(run.progress.iteration, run.progress.consumed_samples, norms | stats)
 
 
 def skip_step(run: Run, loader: Loader) -> None:

@@ -4,7 +4,7 @@
 
 A small decoder (32 wide, RMSNorm, SwiGLU, bytes) of several depths is trained for a few hundred steps at learning rates
 a factor of two apart, for --residual-scale none, depth-mup and completep with the smallest depth as --base-num-layers,
-where all three are the same model. Printed: the mean training loss of the last fifth of the steps for every run, and,
+where all three are the same model. Printed: the training loss of the last fifth of the steps, averaged over seeds, and,
 for every scale and depth, the best rate: the lowest point of a parabola through the three best neighbours (in log2 of
 the rate), with its distance from the best rate at the base depth in factors of two.
 """
@@ -86,17 +86,17 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--input", type=Path, required=True, help="the text")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16], help="depths, the base first")
-    parser.add_argument("--exponents", type=int, nargs="+", default=[-9, -8, -7, -6, -5], help="log2 of the rates")
+    parser.add_argument("--exponents", type=int, nargs="+", default=[-10, -9, -8, -7, -6], help="log2 of the rates")
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=2, help="runs with seeds 1 .. N are averaged (default: 2)")
     options = parser.parse_args(argv)
     with exit_on_user_error("benchmark_depth.py"), tempfile.TemporaryDirectory() as name:
         try:
             data = write_part(Path(name) / "train", options.input.read_bytes())
         except OSError as error:
             raise ValueError(f"--input {options.input} cannot be read ({error.strerror})") from error
-        if options.iterations < 20 or len(options.exponents) < 3:
-            raise ValueError("--iterations must be at least 20, and --exponents at least 3")
+        if options.iterations < 20 or len(options.exponents) < 3 or options.seeds < 1:
+            raise ValueError("--iterations must be at least 20, --exponents at least 3, --seeds at least 1")
         torch.set_num_threads(1)
         rates, base = [2.0**exponent for exponent in sorted(options.exponents)], options.layers[0]
         found: dict[tuple[str, int], dict[float, float]] = {}
@@ -106,7 +106,10 @@ def main(argv: list[str]) -> None:
                     found[scale, layers] = found["none", layers]  # the same model
                     continue
                 found[scale, layers] = {
-                    lr: one_run(scale, layers, base, lr, options.iterations, options.seed, data, Path(name))
+                    lr: statistics.mean(
+                        one_run(scale, layers, base, lr, options.iterations, seed, data, Path(name))
+                        for seed in range(1, options.seeds + 1)
+                    )
                     for lr in rates
                 }
                 print(scale, layers, *(f"{loss:.3f}" for loss in found[scale, layers].values()), flush=True)

@@ -181,6 +181,8 @@ class LogConfig:
     """Norm of the parameters in the console line and the sinks."""
     log_num_zeros_in_grad: bool = False
     """Number of zeros in the gradient in the console line and the sinks."""
+    log_residual_stats: int | None = None
+    """Iterations between measurements of what the residual path does to its signal, in all sinks."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard."""
     wandb_project: str | None = None
@@ -215,7 +217,7 @@ class LogConfig:
     """Folder of the traces (default: --tensorboard-dir, or else profile)."""
 
     def validate(self, world_size: int = 1) -> None:
-        positive(self, "log_interval", "peak_tflops", "profile_step_end")
+        positive(self, "log_interval", "log_residual_stats", "peak_tflops", "profile_step_end")
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         for name in ("use_pytorch_profiler", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir"):
             require(self.profile or getattr(self, name) == defaults[name], f"{flag(name)} needs --profile")

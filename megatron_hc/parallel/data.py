@@ -145,22 +145,36 @@ class DataParallelOptimizer:
         """Norm of all weights of the whole model."""
         return float(self._total(grad_norm_squared, (slot.master for slot in self.slots)) ** 0.5)
 
+    @torch.no_grad()
+    def layer_grad_norms(self, num_layers: int) -> list[float]:
+        """Norm of the step's gradient of each layer's parameters, over the whole model, before clipping."""
+        names = [slot.name.split(".") for slot in self.slots]
+        rows = [int(name[1]) if name[0] == "layers" else num_layers for name in names]
+        totals = self._totals(grad_norm_squared, (slot.grad for slot in self.slots), rows, num_layers + 1)
+        return totals[:num_layers].sqrt().tolist()
+
     def _total(self, measure: object, tensors: Iterable[Tensor | None]) -> Tensor:
         """Sum of ``measure`` over the whole model: what h ranks hold counts 1 / h on each."""
+        return self._totals(measure, tensors, [0] * len(self.slots), 1)[0]
+
+    def _totals(
+        self, measure: object, tensors: Iterable[Tensor | None], rows: Sequence[int], num_rows: int
+    ) -> Tensor:
+        """``_total`` in several parts [num_rows]; ``rows``: which one each slot counts in."""
         assert callable(measure)
-        by_holders: dict[tuple[bool, int], list[Tensor]] = {}
-        for slot, tensor in zip(self.slots, tensors, strict=True):
+        by_holders: dict[tuple[bool, int, int], list[Tensor]] = {}
+        for slot, tensor, row in zip(self.slots, tensors, rows, strict=True):
             for holders, part in _pieces(slot, tensor):
-                by_holders.setdefault((slot.placement.is_expert, holders), []).append(part)
+                by_holders.setdefault((slot.placement.is_expert, row, holders), []).append(part)
         # What the ranks of a tensor-parallel group are to a dense parameter, those of a block are to an expert's.
-        totals = torch.zeros(2, dtype=promote(self.slots[0].master.dtype), device=self.mesh.device)
-        for (is_expert, holders), parts in by_holders.items():
-            totals[int(is_expert)] += measure(parts) / holders
+        totals = torch.zeros(2, num_rows, dtype=promote(self.slots[0].master.dtype), device=self.mesh.device)
+        for (is_expert, row, holders), parts in by_holders.items():
+            totals[int(is_expert), row] += measure(parts) / holders
         for total, sharding, axis in zip(
-            totals.split(1), (self.sharding, self.expert_sharding), ("tp", "experts"), strict=True
+            totals.unbind(), (self.sharding, self.expert_sharding), ("tp", "experts"), strict=True
         ):
             all_reduce(all_reduce(total, sharding.group), self.mesh.group(axis))
-        return all_reduce(totals.sum(), self.mesh.group("pp"))
+        return all_reduce(totals.sum(0), self.mesh.group("pp"))
 
     @torch.no_grad()
     def step(self, grad_norm: float, learning_rate: float, weight_decay: float, count_zeros: bool = False) -> StepStats:

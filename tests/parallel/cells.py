@@ -49,7 +49,7 @@ OVERLAP = ("no", "yes")
 VALUES = {name: f"--value-residual {name}" for name in VALUE_RESIDUALS} | {"single": "--single-layer-value"}
 NORMS = {name: f"--norm-placement {name}" for name in NORM_PLACEMENTS} | {"qk": "--qk-layernorm"}
 NORMS["deepnorm"] += " --init-scheme deepnorm"
-ALIKE = {"deepnorm": "post", "hybrid-star": "hybrid", "half": "constant", "sparse": "constant", "none": "reordered"}
+ALIKE = {"deepnorm": "post", "hybrid-star": "hybrid", "half": "constant", "sparse": "constant"}
 """What differs from another value by constants, or in one layer, takes turns with it in the covering array."""
 TURNS = {
     "rezero": "plain",

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stored": set(),
     "state": {"mesh", "model", "parallel", "stored"},
     "connections": {"model", "residual"},
+    "residual_stats": {"mesh", "model", "parallel", "residual"},
     "inference": {
         "checkpoint",
         "cli",
