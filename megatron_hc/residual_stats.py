@@ -94,6 +94,11 @@ class Recorder:
                 else:
                     object.__setattr__(module, name, before)
 
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that have other tokens of the same layers."""
+        shards = self.mesh.group("tp") if self.mesh.sequence_parallel else None
+        return all_reduce(all_reduce(x, self.mesh.group("dp_cp")), shards)
+
     def _place(self, residual: Residual) -> Sums:
         return self.places.setdefault(residual.site.index, Sums())
 
@@ -131,8 +136,8 @@ class Recorder:
         before, after = (layer.mlp_residual.state(c).double().flatten(0, 1) for c in (inputs[0], carry))
         cosines = torch.cosine_similarity(before, after, dim=-1).sum()
         sizes = torch.stack([cosines, torch.full_like(cosines, float(before.shape[0]))])
-        total, count = all_reduce(sizes, self.mesh.group("stage")).tolist()
-        full, update = linearity(before, after, lambda x: all_reduce(x, self.mesh.group("stage")))
+        total, count = self.total(sizes).tolist()
+        full, update = linearity(before, after, self.total)
         found = self.layers.setdefault(layer.layer, {})
         found |= {"layer_cosine": total / count, "linearity": full, "update_linearity": update}
 
@@ -181,7 +186,7 @@ def _sum_over_stage(recorder: Recorder) -> None:
     parts = [(sums, name) for _, sums in sorted(recorder.places.items()) for name in sums.parts]
     if not parts:
         return
-    flat = all_reduce(torch.cat([sums[name].flatten() for sums, name in parts]), recorder.mesh.group("stage"))
+    flat = recorder.total(torch.cat([sums[name].flatten() for sums, name in parts]))
     for (sums, name), total in zip(parts, flat.split([sums[name].numel() for sums, name in parts]), strict=True):
         sums.parts[name] = total.view_as(sums[name])
 

@@ -8,6 +8,7 @@ noise of a gradient that is zero into whole steps.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,6 +132,15 @@ class RankOutcome:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     pieces: list[dict[str, Pieces]] = field(default_factory=list)
+    stats: list[Mapping[str, Sequence[float | None]]] = field(default_factory=list)
+    """What --log-residual-stats shows."""
+
+    def pause(self) -> Any:
+        """In a logger's place, as all methods here."""
+        return contextlib.nullcontext()
+
+    def residual(self, iteration: int, consumed_samples: int, stats: Mapping[str, Sequence[float | None]]) -> None:
+        self.stats.append(stats)
 
     def step(self, *, loss: float, grad_norm: float, **others: Any) -> None:
         """In a logger's place."""

@@ -1,0 +1,37 @@
+"""What --log-residual-stats shows at a layout is what it shows in one process, to 1e-9."""
+
+from __future__ import annotations
+
+import pytest
+from cells import RECOMPUTE, SP, TP2
+from parity import Cell, run_cell
+from pool import Pool
+
+LAYOUTS = {"tp2": TP2, "tp2-sp": f"{TP2} {SP}", "pp2": "--pipeline-model-parallel-size 2"}
+STATS = "--log-residual-stats 2"
+
+
+@pytest.mark.parametrize("method", ["mhc", "attention"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_statistics_equal_one_process(pool: Pool, layout: str, method: str) -> None:
+    model = f"--num-layers 3 --residual-connection {method} --value-residual learnable"
+    options = f"{STATS} {RECOMPUTE['uniform']}"
+    one, *_ = pool.run(run_cell, Cell(model, options=STATS, num_steps=2))
+    ranks = pool.run(run_cell, Cell(model, LAYOUTS[layout], options, world_size=2, num_steps=2))[:2]
+    (expected,) = one.stats
+    assert {"grad_norm", "linearity", "value_first", "branch_variance"} <= set(expected)
+    for rank in ranks:
+        (found,) = rank.stats
+        assert set(found) == set(expected)
+        for name, row in expected.items():
+            wanted = [None if value is None else pytest.approx(value, rel=1e-9, abs=1e-14) for value in row]
+            assert found[name] == wanted, name
+
+
+def test_measuring_changes_nothing(pool: Pool) -> None:
+    """The same losses, bit for bit, with stochastic depth on."""
+    model = "--num-layers 3 --residual-connection hyper --stochastic-depth 0.5"
+    with_stats, without = (
+        pool.run(run_cell, Cell(model, options=options, num_steps=3))[0] for options in ("--log-residual-stats 1", "")
+    )
+    assert with_stats.losses == without.losses and len(with_stats.stats) == 3
