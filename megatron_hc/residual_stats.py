@@ -248,7 +248,9 @@ def stream_similarity(gram: Tensor) -> tuple[float, float]:
     cosines = gram / torch.outer(length, length)
     N = gram.shape[0]
     mean = (cosines.sum() - cosines.diagonal().sum()) / (N * (N - 1))
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    squares = torch.linalg.eigvalsh(gram)
+    # Below are rounding errors of sums: copies of one stream have rank 1.
+    singular = torch.where(squares > 1e-12 * squares[-1], squares, 0.0).sqrt()
     share = singular / singular.sum().clamp(min=1e-300)
     return float(mean), float(torch.exp(-torch.special.xlogy(share, share).sum()))
 

@@ -27,6 +27,10 @@ class OrthogonalUpdate(Residual):
     activations per sublayer (the output), and two numbers per token.
     """
 
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        assert site.config.residual.orthogonal_form == "feature", "the configuration refuses the global form"
+
     def fold(self, stream: Tensor, output: Tensor, mix: Mix | None) -> Tensor:
         x, f = stream.to(promote(stream.dtype)), output.unsqueeze(2).to(promote(output.dtype))
         share = (x * f).sum(-1, keepdim=True) / (x.square().sum(-1, keepdim=True) + EPS)

@@ -1,0 +1,179 @@
+"""tools/compare_residuals.py, its report, tools/inspect_residual.py: statistics by hand, and one small run of all."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from test_connections import Checker
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def tool(name: str) -> ModuleType:
+    sys.path.insert(0, str(TOOLS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(TOOLS))
+
+
+compare, reports, inspect = (tool(n) for n in ("compare_residuals", "comparison_report", "inspect_residual"))
+
+
+def result(name: str, seed: int, loss: float, lr: float = 1e-3, **changes: object):
+    values = {
+        "diverged": False,
+        "curve": [(100.0 * i, loss + 4 / i) for i in range(1, 61)],
+        "validation": [(1000.0, loss + 2), (3000.0, loss + 1), (6000.0, loss)],
+        "seconds": 0.5,
+        "memory_bytes": 2.0**30,
+        "largest_grad_norm": 1.5,
+        "spikes": 0,
+    }
+    return reports.Result(name, lr, seed, **{**values, **changes})
+
+
+# Statistics
+
+
+def test_interval_is_students() -> None:
+    mean, low, high = reports.interval([1.0, 2.0, 4.0])
+    half = 4.303 * math.sqrt(7 / 3) / math.sqrt(3)  # t(0.975, 2), variance 7 / 3
+    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
+    assert math.isnan(reports.interval([1.0])[1])
+    assert len(reports.T_975) == 30 and list(reports.T_975) == sorted(reports.T_975, reverse=True)
+
+
+def test_tokens_to_reach() -> None:
+    curve = [(10.0, 3.0), (20.0, 2.0), (30.0, 2.5), (40.0, 1.0)]
+    assert reports.tokens_to_reach(curve, 2.25) == 17.5
+    assert reports.tokens_to_reach(curve, 3.5) == 10.0
+    assert reports.tokens_to_reach(curve, 1.75) == 35.0
+    assert reports.tokens_to_reach(curve, 0.5) == math.inf
+
+
+def test_spikes_count_once() -> None:
+    calm = [2.0 + 0.01 * (i % 5) for i in range(120)]
+    assert reports.num_spikes(calm) == 0
+    assert reports.num_spikes([*calm[:60], 3.0, 3.1, *calm[62:90], 4.0, *calm[91:]]) == 2
+
+
+def test_summary_is_paired_and_takes_the_best_rate() -> None:
+    results = [result("plain", seed, 2.0 + 0.5 * seed) for seed in (1, 2, 3)]
+    results += [result("a", seed, 1.9 + 0.5 * seed + 0.01 * seed, seconds=0.75) for seed in (1, 2, 3)]
+    results += [result("a", seed, 9.0, lr=1e-2) for seed in (1, 2, 3)]
+    results += [result("b", 1, 2.7), result("b", 2, 3.2, diverged=True), result("b", 3, 3.3)]
+    plain, a, b = reports.summarise(results, {"plain": 10, "a": 11, "b": 12})
+    assert plain.difference == 0 and plain.tokens_ratio == 1 and plain.mean == pytest.approx(3.0)
+    assert a.lr == 1e-3 and a.num_runs == 3 and a.difference == pytest.approx(-0.08)
+    assert a.low == pytest.approx(-0.08 - 4.303 * 0.01 / math.sqrt(3)) and a.high < 0 and not a.is_noise
+    assert a.time_ratio == 1.5 and a.num_parameters == 11 and a.num_reached == 3
+    assert 0.9 < a.tokens_ratio < 1
+    assert b.num_diverged == 1 and b.difference == pytest.approx(-0.0, abs=0.21) and b.is_noise
+    assert reports.verdict([plain, a, b]) == "a is better than plain; b is not told apart from plain by these runs."
+
+
+def test_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
+    results = [
+        result(name, seed, 2 + seed / 10 + shift) for name, shift in (("plain", 0), ("x <y>", -0.1)) for seed in (1, 2)
+    ]
+    summaries = reports.summarise(results, {"plain": 1, "x <y>": 2})
+    content = reports.page(results, summaries, ["What & how."], "A < B")
+    checker = Checker()
+    checker.feed(content)
+    assert checker.open == [] and {"svg", "table", "circle"} <= checker.seen
+    assert (
+        "script" not in checker.seen
+        and "http" not in content
+        and "x &lt;y&gt;" in content
+        and "What &amp; how." in content
+    )
+    reports.write_csv(results, summaries, tmp_path)
+    with (tmp_path / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["plain", "plain", "x <y>", "x <y>"] and float(
+        rows[0]["validation_loss"]
+    ) == 2.1
+
+
+# Tasks
+
+
+def options_of(tmp_path: Path, *more: str):
+    return compare.parse_arguments(["--output", str(tmp_path), "--lrs", "1e-3", *more])
+
+
+def test_methods() -> None:
+    assert compare.read_method("hyper") == ("hyper", ["--residual-connection", "hyper"])
+    wanted = ("s", ["--residual-connection", "hyper", "--static-residual"])
+    assert compare.read_method("s=hyper --static-residual") == wanted
+    assert compare.read_method("v=--value-residual half")[1] == [
+        "--residual-connection",
+        "plain",
+        "--value-residual",
+        "half",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--methods", "plain", "plain"], "--methods has a name twice"),
+        (["--methods", "="], "must be NAME or NAME=CONNECTION AND FLAGS"),
+        (["--methods", "plain", "--", "--lr", "1"], "--lr behind -- is set by the comparison"),
+        (["--methods", "plain", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--methods", "plain", "--task", "3"], r"--task \(3\) must be in 0 .. 2"),
+        (["--methods", "plain", "hypr", "--", "--num-layers", "1"], "method plain: "),
+        (["--methods", "plain", "--input", "/nowhere"], "--input /nowhere cannot be read"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        compare.main(["--output", str(tmp_path), "--lrs", "1e-3", *arguments])
+    assert caught.value.code == 2 and re.search(message, capfd.readouterr().err)
+
+
+def test_runs_resumes_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two methods, one seed; a task at a time as on a cluster; what is done is not done again."""
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 100)
+    arguments = f"""--output {tmp_path / "out"} --input {text} --methods plain hyper --seeds 1 --lrs 1e-3 --TASK --
+        --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2 --train-iters 6
+        --eval-interval 3 --eval-iters 1 --num-workers 0 --device cpu --value-residual learnable"""
+    for number in (0, 1):
+        assert compare.main(arguments.replace("--TASK", f"--task {number}").split()) == 0
+    folder = tmp_path / "out" / "runs" / "hyper-lr0.001-seed1"
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns
+    assert compare.main(arguments.replace("--TASK", "").split()) == 0
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+    out = capfd.readouterr().out
+    assert "| hyper | 0.001 | 1 |" in out and "The learning rate was fixed at 0.001" in out
+    assert {"compare.html", "runs.csv", "summary.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(SystemExit):
+        compare.main(arguments.replace("--TASK", "").replace("--train-iters 6", "--train-iters 7").split())
+    assert "holds runs with other flags" in capfd.readouterr().err
+    page = tmp_path / "residual.html"
+    assert inspect.main([str(folder), "--input", str(text), "--output", str(page), "--samples", "4"]) == 0
+    checker = Checker()
+    checker.feed(content := page.read_text())
+    assert checker.open == [] and "script" not in checker.seen and "http" not in content
+    for title in (
+        "Signal",
+        "Gradient",
+        "Effective rank",
+        "Composite gain",
+        "Linearity",
+        "Value residual",
+        "Connections",
+    ):
+        assert title in content
+    with pytest.raises(SystemExit):
+        inspect.main([str(folder), "--input", "/nowhere", "--output", str(page)])
+    assert "--input /nowhere cannot be read" in capfd.readouterr().err
