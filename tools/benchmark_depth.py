@@ -35,7 +35,7 @@ SCALES = ("none", "depth-mup", "completep")
 
 FLAGS = """--hidden-size 32 --num-attention-heads 2 --seq-length 32 --position-embedding-type rope --swiglu
     --ffn-hidden-size 88 --normalization RMSNorm --disable-bias-linear --make-vocab-size-divisible-by 1
-    --micro-batch-size 16 --lr-decay-style cosine --weight-decay 0 --adam-beta2 0.95 --clip-grad 1.0
+    --init-method-std 0.1 --micro-batch-size 16 --lr-decay-style cosine --weight-decay 0 --adam-beta2 0.95
     --tokenizer-type ByteTokenizer --eval-iters 0 --eval-interval 0 --num-workers 0 --log-interval 1 --device cpu"""
 
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--input", type=Path, required=True, help="the text")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16], help="depths, the base first")
-    parser.add_argument("--exponents", type=int, nargs="+", default=[-10, -9, -8, -7, -6], help="log2 of the rates")
+    parser.add_argument("--exponents", type=int, nargs="+", default=[-9, -8, -7, -6, -5], help="log2 of the rates")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2, help="runs with seeds 1 .. N are averaged (default: 2)")
     options = parser.parse_args(argv)

@@ -317,6 +317,16 @@ class ModelConfig:
             f"{placement}",
         )
         require(
+            self.init_scheme != "fixup" or method not in ("rezero", "deep-delta"),
+            f"--init-scheme fixup starts sublayers' outputs at 0, from where --residual-connection {method} does not "
+            "learn: use another of the two",
+        )
+        require(
+            self.residual.residual_scale == "none" or method != "deep-delta",
+            f"--residual-scale {self.residual.residual_scale} scales sublayers' outputs, of which "
+            "--residual-connection deep-delta takes the direction only: leave it out",
+        )
+        require(
             self.residual.residual_scale == "none" or self.init_scheme in ("megatron", "orthogonal"),
             f"--residual-scale {self.residual.residual_scale} has initial values of its own, which do not shrink with "
             f"depth: --init-scheme must be megatron or orthogonal, not {self.init_scheme}",

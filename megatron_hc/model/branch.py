@@ -37,9 +37,10 @@ def branch_factors(config: ModelConfig, seed: int, iteration: int, samples: Sequ
     for column, sample in enumerate(samples):
         for k in range(count):
             chance = depth * (k + 1) / count
-            is_kept = _uniform(f"{seed}/{iteration}/{sample}/sublayer {k}") >= chance
-            is_kept &= _uniform(f"{seed}/{iteration}/{sample}/layer {k // 2}") >= layer
-            factors[k, column] = 1 / (1 - chance) if is_kept else 0.0
+            key = f"{seed}/{iteration}/{sample}"
+            is_out = chance > _uniform(f"{key}/sublayer {k}") if depth else False
+            is_out |= layer > _uniform(f"{key}/layer {k // 2}") if layer else False
+            factors[k, column] = 0.0 if is_out else 1 / (1 - chance)
     return factors
 
 

@@ -36,5 +36,5 @@ def test_the_options_change_the_run(runs: Runs, options: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["fixup", "t-fixup", "orthogonal"])
 def test_initial_values_are_the_same_at_every_layout(runs: Runs, scheme: str) -> None:
-    model = f"--init-scheme {scheme} --norm-placement none --residual-connection rezero"
+    model = f"--init-scheme {scheme} --norm-placement none --residual-connection layerscale"
     runs.check(Cell(model, layout=f"{TP2} {SP}", world_size=2, num_steps=2))

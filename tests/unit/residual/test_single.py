@@ -158,6 +158,16 @@ def test_laurel_hands_on_what_later_sublayers_read() -> None:
         ({"stochastic_depth": 1.0}, {}, r"--stochastic-depth must be in \[0, 1\), not 1.0"),
         ({"layerdrop": -0.1}, {}, r"--layerdrop must be in \[0, 1\), not -0.1"),
         ({"linearity_regularization": -1.0}, {}, "--linearity-regularization must not be negative, not -1.0"),
+        (
+            {"residual_connection": "rezero"},
+            {"init_scheme": "fixup"},
+            "--init-scheme fixup starts sublayers' outputs at 0, from where --residual-connection rezero does not",
+        ),
+        (
+            {"residual_connection": "deep-delta", "residual_scale": "completep", "base_num_layers": 2},
+            {},
+            "deep-delta takes the direction only: leave it out",
+        ),
         ({}, {"init_scheme": "deepnorm"}, "--init-scheme deepnorm needs --norm-placement deepnorm"),
         (
             {"residual_scale": "completep", "base_num_layers": 2},
