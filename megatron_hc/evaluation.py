@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_hc.config import TrainConfig
 from megatron_hc.data import SampleDataset, Tokenizer
 from megatron_hc.data.loader import Batch, collate
+from megatron_hc.inference.decoder import check_can_write
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
 from megatron_hc.parallel.collectives import all_reduce
@@ -107,9 +108,13 @@ def _loss_per_sample(model: GPT, hidden: Tensor, batch: MicroBatch) -> Tensor:
 
 
 class Tasks:
-    """--eval-harness-tasks. Raises ``ValueError`` for tasks that do not exist, before any training."""
+    """--eval-harness-tasks.
 
-    def __init__(self, config: TrainConfig) -> None:
+    Raises ``ValueError`` before any training for tasks that do not exist, cannot be loaded or cannot be scored at this
+    layout.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh) -> None:
         from megatron_hc.inference.harness import register
 
         self.options = config.evaluation
@@ -123,6 +128,18 @@ class Tasks:
         unknown = [name for name in names if name not in self.manager.all_tasks]
         if unknown:
             raise ValueError(f"--eval-harness-tasks: lm-evaluation-harness has no task {', '.join(unknown)}")
+        if any(self._writes(name) for name in names):
+            check_can_write(config, mesh)
+
+    def _writes(self, name: str) -> bool:
+        """Whether a task, or one of its group, has text written."""
+        from lm_eval.tasks import get_task_dict
+
+        try:
+            found = get_task_dict([name], self.manager)
+        except Exception as error:  # whatever the task's own code and data make of it
+            raise ValueError(f"--eval-harness-tasks {name} cannot be loaded: {error}") from error
+        return _has_generation(found)
 
     def scores(self, model: GPT, config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, float]:
         """'TASK/METRIC' -> number, on the first process; all call together, with a model in evaluation mode."""
@@ -143,6 +160,12 @@ class Tasks:
             verbosity="ERROR",
         )
         return {} if results is None else flat_scores(results["results"])
+
+
+def _has_generation(tasks: Any) -> bool:
+    if isinstance(tasks, Mapping):
+        return any(_has_generation(inner) for inner in tasks.values())
+    return getattr(tasks, "OUTPUT_TYPE", None) == "generate_until"
 
 
 def flat_scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -187,7 +187,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         total_iterations=batches.total_iterations,
         start_iteration=progress.iteration,
     )
-    tasks = Tasks(config) if config.evaluation.eval_harness_tasks else None
+    tasks = Tasks(config, mesh) if config.evaluation.eval_harness_tasks else None
     is_whole = config.evaluation.full_validation
     whole = build_whole_validation(config, tokenizer, num_mock_samples(config, batches)) if is_whole else {}
     datasets = build_datasets(config, tokenizer, num_samples(config, batches))  # writes index caches: comes last

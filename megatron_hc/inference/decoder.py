@@ -21,6 +21,22 @@ from megatron_hc.parallel.stages import boundary_of, leave, method_of
 from megatron_hc.residual import Carry, unflatten
 
 
+def check_can_write(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise ``ValueError`` for layouts that only make sense in training."""
+    parallel = config.parallel
+    layout = parallel.pipeline_layout(config.model.num_layers)
+    strategy = parallel.data_parallel_sharding_strategy
+    reasons = {
+        "--sequence-parallel": mesh.sequence_parallel,
+        f"--pipeline-schedule {layout.schedule}": layout.stages_per_rank > 1,
+        f"--data-parallel-sharding-strategy {strategy}": strategy == "optim_grads_params",
+        "experts shared out over data-parallel processes": mesh.experts.ranks * mesh.experts.parts > mesh.size("tp"),
+    }
+    given = [name for name, is_given in reasons.items() if is_given]
+    if given:
+        raise ValueError(f"text cannot be generated with {' and '.join(given)}: load the checkpoint without")
+
+
 class Decoder:
     """The model of this process and its caches: ``rows`` texts of up to ``max_length`` tokens.
 
@@ -28,19 +44,8 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, config: TrainConfig, mesh: Mesh, *, rows: int, max_length: int) -> None:
-        parallel = config.parallel
-        self.layout = parallel.pipeline_layout(config.model.num_layers)
-        reasons = {
-            "--sequence-parallel": mesh.sequence_parallel,
-            f"--pipeline-schedule {self.layout.schedule}": self.layout.stages_per_rank > 1,
-            "--data-parallel-sharding-strategy optim_grads_params": parallel.data_parallel_sharding_strategy
-            == "optim_grads_params",
-            "--expert-model-parallel-size over data-parallel processes": mesh.experts.ranks * mesh.experts.parts
-            > mesh.size("tp"),
-        }
-        given = [name for name, is_given in reasons.items() if is_given]
-        if given:
-            raise ValueError(f"text cannot be generated with {' and '.join(given)}: load the checkpoint without")
+        check_can_write(config, mesh)
+        self.layout = config.parallel.pipeline_layout(config.model.num_layers)
         if not 0 < max_length <= config.model.max_positions:
             raise ValueError(
                 f"texts of {max_length} tokens: the model has --max-position-embeddings ({config.model.max_positions})"
