@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,8 +16,11 @@ from pool import Pool
 from processes import ROOT, Processes
 
 from megatron_hc import train
-from megatron_hc.cli import parse
+from megatron_hc.cli import from_flat, parse
+from megatron_hc.config import ParallelConfig
 from megatron_hc.data import ByteTokenizer, IndexedDatasetWriter
+from megatron_hc.inference.loading import checkpoint_arguments
+from megatron_hc.mesh import Mesh, mesh_of
 
 LAYOUTS = {
     "tp2": ("--tensor-model-parallel-size 2", 2),
@@ -156,6 +160,14 @@ def trained(flags: str) -> None:
         train.save(run)
 
 
+def mesh_for(load: str, layout: ParallelConfig, world_size: int) -> Mesh:
+    """In a rank: its mesh at a layout for reading and writing; all ranks call together."""
+    import torch.distributed as dist
+
+    config = dataclasses.replace(from_flat(checkpoint_arguments(load)), parallel=layout)
+    return mesh_of(dist.get_rank(), world_size, config, "cpu") if world_size > 1 else Mesh()
+
+
 def harness_results(load: str, tasks: str, world_size: int, tp: int, pp: int) -> Any:
     """As tools/eval_harness.py has it, with every answer of the model."""
     os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
@@ -166,11 +178,9 @@ def harness_results(load: str, tasks: str, world_size: int, tp: int, pp: int) ->
     from megatron_hc.evaluation import flat_scores
     from megatron_hc.inference import inference_layout, load_model
     from megatron_hc.inference.harness import register
-    from megatron_hc.mesh import Mesh, mesh_of
 
     layout = inference_layout(tp, pp)
-    config = load_model(load, layout=layout, mesh=Mesh()).config if world_size > 1 else None
-    mesh = Mesh() if config is None else mesh_of(dist.get_rank(), world_size, config, "cpu")
+    mesh = mesh_for(load, layout, world_size)
     if dist.get_rank() >= world_size:
         return None
     loaded = load_model(load, layout=layout, mesh=mesh)
@@ -210,14 +220,11 @@ def served(load: str, tp: int, pp: int) -> Any:
 
     from megatron_hc.inference import Decoder, Engine, Request, inference_layout, load_model
     from megatron_hc.inference.service import Service, follow
-    from megatron_hc.mesh import Mesh, mesh_of
     from megatron_hc.model.generate import Sampling
 
     layout = inference_layout(tp, pp)
-    config = load_model(load, layout=layout, mesh=Mesh()).config
-    size = tp * pp
-    mesh = mesh_of(dist.get_rank(), size, config, "cpu") if size > 1 else Mesh()
-    if dist.get_rank() >= size:
+    mesh = mesh_for(load, layout, tp * pp)
+    if dist.get_rank() >= tp * pp:
         return None
     loaded = load_model(load, layout=layout, mesh=mesh)
     engine = Engine(Decoder(loaded.model, loaded.config, mesh, rows=2, max_length=40), loaded.tokenizer)
