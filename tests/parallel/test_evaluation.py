@@ -196,7 +196,7 @@ def harness_results(load: str, tasks: str, world_size: int, tp: int, pp: int) ->
     return answers, flat_scores(results["results"])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "tp2-dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", pytest.param("tp2-dp2", marks=pytest.mark.slow)])
 def test_tasks(pool: Pool, checkpoint: Path, tasks: Path, layout: str) -> None:
     sizes = {"tp2": (2, 2, 1), "pp2": (2, 1, 2), "dp2": (2, 1, 1), "tp2-dp2": (4, 2, 1)}[layout]
     world_size = sizes[0]

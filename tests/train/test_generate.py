@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -81,6 +82,12 @@ def test_a_text_longer_than_the_positions_is_refused(
     "flags, pattern",
     [
         (["--prompt", ""], "the prompt has no tokens"),
+        ([], "no prompt: give --prompt TEXT"),
+        (["--prompt-file", "nowhere"], "--prompt-file nowhere cannot be read"),
+        (["--prompt", "x", "--stop", ""], "--stop needs text"),
+        (["--prompt", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--prompt", "x", "--tensor-model-parallel-size", "2"], "must divide the number of processes"),
+        (["--prompt", "x", "--expert-model-parallel-size", "2"], "must divide tensor-model-parallel-size"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature must not be negative"),
         (["--prompt", "x", "--top-p", "0"], r"--top-p must be in \(0, 1\]"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
@@ -104,3 +111,21 @@ def test_an_earlier_checkpoint_writes_something_else(
     early = capsys.readouterr().out
     assert tool.main(argv) == 0
     assert capsys.readouterr().out != early
+
+
+def test_many_prompts_to_a_file(tool: ModuleType, plain: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """Written together or alone, shown or in a file: the same texts; a stop string ends one before it."""
+    prompts = ["You may", "Licence", "x"]
+    flags = ["--load", str(plain), "--max-new-tokens", "20", "--seed", "1"]
+    assert tool.main([*flags, "--prompt", *prompts]) == 0
+    shown = capsys.readouterr().out
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    assert tool.main([*flags, "--prompt-file", str(file), "--output", str(output), "--batch-size", "2"]) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in found] == prompts
+    assert shown == "\n---\n".join(line["prompt"] + line["text"] for line in found) + "\n"
+    text = found[0]["text"]
+    stop = text[2:4]
+    assert tool.main([*flags, "--prompt", prompts[0], "--stop", stop]) == 0
+    assert capsys.readouterr().out == prompts[0] + text[: text.index(stop)] + "\n"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from train_runs import ROOT, command
+
+from megatron_hc.inference.harness import register
 
 MODELS = {
     "plain": "",
@@ -41,28 +40,38 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     made.train([str(text)], trainer)
     made.save(str(folder / "tokenizer.json"))
     tokenizer = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder / "tokenizer.json")
-    tool("preprocess_data.py", "--input", text, "--document-separator", r"\n\n", "--output-prefix", folder / "text",
+    tool("preprocess_data", "--input", text, "--document-separator", r"\n\n", "--output-prefix", folder / "text",
          "--append-eod", *tokenizer)  # fmt: skip
     flags = " ".join(map(str, tokenizer))
     return folder, f"--data-path {folder}/text_text_document --split 100,0,0 {flags}"
 
 
-def tool(name: str, *words: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *map(str, words)], capture_output=True, text=True, env=environment
+def tool(name: str, *words: object) -> None:
+    """A tool's ``main`` in this process."""
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not module.main([str(word) for word in words])
+
+
+def scores(model: str, arguments: str) -> dict[str, dict[str, Any]]:
+    """What ``lm_eval --model MODEL --model_args ARGUMENTS`` reports."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model=model,
+        model_args=arguments,
+        tasks=["stdlib_choice", "stdlib_perplexity"],
+        task_manager=TaskManager(include_path=str(ROOT / "examples" / "eval"), include_defaults=False),
+        limit=12,
+        batch_size=4,
+        device="cpu",
+        bootstrap_iters=0,
+        verbosity="ERROR",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def scores(folder: Path, *words: object) -> dict[str, dict[str, Any]]:
-    """What tools/eval_harness.py writes; it takes every model of the harness."""
-    tool("eval_harness.py", *words, "--include_path", ROOT / "examples" / "eval", "--tasks",
-         "stdlib_choice,stdlib_perplexity", "--limit", 12, "--device", "cpu", "--batch_size", 4,
-         "--output_path", folder)  # fmt: skip
-    (file,) = folder.rglob("results_*.json")
-    return json.loads(file.read_text())["results"]
+    return results["results"]
 
 
 @pytest.mark.slow
@@ -73,10 +82,10 @@ def test_scores_of_checkpoint_and_export(model: str, data: tuple[Path, str], tmp
     folder, flags = data
     run, export = tmp_path / "run", tmp_path / "hf"
     assert command(f"{BASE} {flags} --data-cache-path {tmp_path}/cache {MODELS[model]} --save {run}".split()) == 0
-    tool("convert_checkpoint.py", "--from", "megatron-hc", "--to", "hf", "--load", run, "--save", export)
-    ours = scores(tmp_path / "ours", "--model_args", f"load={run}")
-    options = f"pretrained={export},trust_remote_code=True,dtype=float32"
-    theirs = scores(tmp_path / "theirs", "--model", "hf", "--model_args", options)
+    tool("convert_checkpoint", "--from", "megatron-hc", "--to", "hf", "--load", run, "--save", export)
+    register()
+    ours = scores("megatron_hc", f"load={run}")
+    theirs = scores("hf", f"pretrained={export},trust_remote_code=True,dtype=float32")
     for task, metrics in (("stdlib_choice", ("acc", "acc_norm")), ("stdlib_perplexity", ("bits_per_byte",))):
         for metric in metrics:
             found, expected = ours[task][f"{metric},none"], theirs[task][f"{metric},none"]

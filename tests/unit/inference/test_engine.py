@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, every_case
+from cases import Case, main_cases
 from helpers import VOCAB, build, randomise, small_config
 
 from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
@@ -57,7 +57,7 @@ def check(engine: Engine, wanted: list[Request]) -> None:
     assert set(engine.decoder.caches.lengths) == {0}, "rows are free again"
 
 
-@every_case()
+@main_cases()
 def test_every_method(case: Case) -> None:
     check(engine_of(case.config(max_position_embeddings=40)), requests(5))
 
