@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,9 @@ def run(arguments: argparse.Namespace, token: str | None) -> int:
     decoder = Decoder(loaded.model, loaded.config, loaded.mesh, rows=arguments.max_batch_size, max_length=length)
     engine = Engine(decoder, loaded.tokenizer)
     if not loaded.mesh.is_first:
+        # torchrun passes signals on to all processes: the first one decides when the others end.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         follow(engine)
         return 0
     return serve(arguments, token, engine, loaded)

@@ -51,7 +51,13 @@ class Decoder:
                 f"texts of {max_length} tokens: the model has --max-position-embeddings ({config.model.max_positions})"
             )
         self.model, self.config, self.mesh = model, config, mesh
-        self.caches = model.new_caches(max_length, rows)
+        try:
+            self.caches = model.new_caches(max_length, rows)
+        except RuntimeError as error:  # of torch's allocators, on CPU and GPU
+            raise ValueError(
+                f"there is no memory for the keys and values of {rows} texts of {max_length} tokens: lower the batch "
+                f"size or the length ({str(error).splitlines()[0]})"
+            ) from error
         self.group, self.stage = mesh.group("pp"), mesh.rank("pp")
         self.method = method_of(config.model)
 
