@@ -166,6 +166,13 @@ def test_norm_placements(runs: Runs, norm: str) -> None:
     runs.check(Cell(f"--num-layers 3 {NORMS[norm]}", layout=PP2, world_size=2, num_steps=2))
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_fully_sharded_experts(runs: Runs, schedule: str) -> None:
+    axes = f"{PP2} --expert-model-parallel-size 2" if schedule == "1f1b" else PP2
+    layout = f"{axes} {SCHEDULES[schedule]} {DATA['optim_grads_params']}"
+    runs.check(Cell("--num-layers 4 --num-experts 4 --residual-connection mhc", layout, world_size=4, num_steps=2))
+
+
 class Evaluated(NamedTuple):
     losses: list[float]
     without_gradients: list[float]
