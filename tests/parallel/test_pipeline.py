@@ -96,7 +96,7 @@ def cell_of(row: Row, method: str, **options: Any) -> Cell:
     model = (SHAPES[row["shape"]], HEADS[row["heads"]], TABLES[row["table"]], VALUES[row["value"]], method)
     is_deep = "pp4" in row["axes"] and row["schedule"] in ("interleaved", "interleaved-zero-bubble", "zbv", "dualpipev")
     return Cell(
-        model=" ".join((f"--num-layers {9 if is_deep else 5}", *model)),
+        model=" ".join((*model, f"--num-layers {9 if is_deep else 5}")),  # last: some forms have a number of their own
         layout=" ".join((axes, SCHEDULES[row["schedule"]], DATA[row["data"]])),
         options=RECOMPUTE[row["recompute"]],
         world_size=world_size,
