@@ -4,7 +4,8 @@
 
 Each run goes through the code of a training run (set-up, steps) on mock data, ``--size`` processes of one thread each
 against one process with as many threads. On GPUs (--device cuda) every process takes one. Step time: median over
-steps. Bytes: what the stages sent in a step, beside what the boundaries of the residual method say.
+steps. CPU time: of all threads in a mean step, which other work on the machine hardly changes. Bytes: what the stages
+sent in a step, which must be what the boundaries of the residual method say.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Figures(NamedTuple):
     rank: int
     seconds: float
     """Of a step."""
+    cpu_seconds: float
+    """Of all of the process's threads, of a step."""
     memory: int
     """Peak, bytes; on a CPU of the whole process."""
     bubble: float
@@ -80,21 +83,25 @@ def measure(rank: int, flags: list[str], size: int, threads: int, store: str, re
     run = train.set_up(parse(flags), mesh)
     run.logger.step = lambda **numbers: None  # type: ignore[method-assign,assignment]
     loader = build_loader(run.datasets[0], mesh, micro_batch_size=1)  # type: ignore[arg-type]
-    times = []
+    times: list[float] = []
+    cpu_started = 0.0
     for step in range(config.training.train_iters or 0):
         if step == 1:
             run.pipeline.bubble()  # the first step makes plans and buffers
+            cpu_started = time.process_time()
         started = time.perf_counter()
         train.train_step(run, loader)
         if device != "cpu":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
+    cpu_seconds = (time.process_time() - cpu_started) / (len(times) - 1)
     bubble, ideal = run.pipeline.bubble()
     number = run.batches.num_micro_batches(0)
     results.put(
         Figures(
             rank,
             statistics.median(times[1:]),
+            cpu_seconds,
             peak_memory(device),
             bubble,
             ideal,
@@ -145,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--flags", default="", help="more flags of a run, for both sides")
     options = parser.parse_args(argv)
-    print("| method | schedule | one process, s | pipeline, s | ratio | bubble (ideal) | MiB: one; stages | KiB sent |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| method | schedule | one process, s | pipeline, s | ratio | CPU s: one; stages | bubble (ideal) "
+        "| MiB: one; stages | KiB sent |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for method in options.methods.split(","):
         (whole,) = run_one(flags_of(options, method, 1, ""), 1, options.size)
         for schedule in options.schedules.split(","):
@@ -155,10 +165,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             sent, declared = sum(stage.sent for stage in stages), stages[0].declared
             assert sent == declared, f"{method}, {schedule}: {sent} bytes sent, {declared} by the boundaries"
             memory = ", ".join(f"{stage.memory / 2**20:.0f}" for stage in stages)
+            cpu = ", ".join(f"{stage.cpu_seconds:.2f}" for stage in stages)
             print(
                 f"| {method} | {schedule} | {whole.seconds:.3f} | {seconds:.3f} | {seconds / whole.seconds:.2f} "
-                f"| {stages[0].bubble:.3f} ({stages[0].ideal_bubble:.3f}) | {whole.memory / 2**20:.0f}; {memory} "
-                f"| {sent / 2**10:.0f} |",
+                f"| {whole.cpu_seconds:.2f}; {cpu} | {stages[0].bubble:.3f} ({stages[0].ideal_bubble:.3f}) "
+                f"| {whole.memory / 2**20:.0f}; {memory} | {sent / 2**10:.0f} |",
                 flush=True,
             )
 
