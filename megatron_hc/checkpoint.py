@@ -39,6 +39,12 @@ from megatron_hc.checkpoint_save import Saver, Staged, save, save_one_by_one, st
 from megatron_hc.mesh import Mesh
 from megatron_hc.stored import Stored
 
+_SAFETENSORS_NAMES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}
+
 __all__ = [
     "Reader",
     "Saver",
@@ -164,13 +170,20 @@ def read_arguments(path: str | Path) -> dict[str, Any]:
 
 def read_origins(path: str | Path) -> dict[str, Any]:
     """The ``arguments`` that were given to `save`: name -> {"value": ..., "origin": ...}."""
-    return _read_json(Path(path) / "arguments.json")
+    file = Path(path) / "arguments.json"
+    entries = _read_json(file)
+    if not all(isinstance(entry, dict) and "value" in entry for entry in entries.values()):
+        raise ValueError(f"{file} holds no arguments: the checkpoint is damaged, choose another")
+    return entries
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object of JSON")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}): the checkpoint is damaged, choose another") from None
 
 
@@ -215,12 +228,18 @@ def _fill(
         ]
         if any(first >= end for first, end in zip(low, high, strict=True)):
             continue
+        found = opened[file].get_slice(key)
+        if list(found.get_shape()) != shape or found.get_dtype() != _SAFETENSORS_NAMES.get(dtype_of(entry["dtype"])):
+            raise ValueError(
+                f"the checkpoint is damaged: {file} holds {key} as {found.get_dtype()} {found.get_shape()}, its index "
+                f"has {entry['dtype']} {shape}"
+            )
         here = tuple(slice(first - at, end - at) for first, end, at in zip(low, high, offset, strict=True))
         if [end - first for first, end in zip(low, high, strict=True)] == shape:
             part = opened[file].get_tensor(key)
         else:
             there = tuple(slice(first - at, end - at) for first, end, at in zip(low, high, start, strict=True))
-            part = opened[file].get_slice(key)[there]
+            part = found[there]
         local[here].copy_(part)
         filled += part.numel()
     if filled != local.numel():

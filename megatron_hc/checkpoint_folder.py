@@ -214,16 +214,42 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"{folder / MANIFEST} has format {manifest['format']}, this program reads format {FORMAT}")
-        if not (isinstance(manifest["files"], dict) and isinstance(manifest["tensors"], dict)):
-            raise TypeError
         own = manifest.pop("self", None)
         if own is not None and own != zlib.crc32(json.dumps(manifest).encode()):
             raise TypeError
+        _check_manifest(manifest)
         return manifest
     except OSError:
         raise ValueError(f"{folder / MANIFEST} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{folder / MANIFEST} is not the index of a checkpoint") from None
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """TypeError for what no save writes: a file of another folder, a slice that does not lie in its tensor."""
+    files, sums = manifest["files"], manifest.get("crc32", {})
+    _must(isinstance(files, dict) and isinstance(sums, dict) and isinstance(manifest["tensors"], dict))
+    _must(all(name == Path(name).name and name not in ("", ".", "..") for name in files))
+    _must(_are_counts(list(files.values())) and _are_counts(list(sums.values())))
+    for entry in manifest["tensors"].values():
+        _must(isinstance(entry, dict) and isinstance(entry["dtype"], str) and _are_counts(entry["shape"]))
+        _must(isinstance(entry["chunks"], list))
+        for chunk in entry["chunks"]:
+            _must(isinstance(chunk, list) and len(chunk) == 3)
+            file, offset, shape = chunk
+            _must(isinstance(file, str) and file in files and _are_counts(offset) and _are_counts(shape))
+            _must(len(offset) == len(shape) == len(entry["shape"]))
+            ends = (first + size for first, size in zip(offset, shape, strict=True))
+            _must(all(end <= whole for end, whole in zip(ends, entry["shape"], strict=True)))
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _must(condition: bool) -> None:
+    if not condition:
+        raise TypeError
 
 
 def folder_name(iteration: int) -> str:

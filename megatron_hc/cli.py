@@ -190,6 +190,21 @@ def _read_yaml(found: _Found, file: str) -> None:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for more than memory holds
+                self._refuse("names of other values (*name) are not taken")
+            self.depth += 1
+            if self.depth > 20:
+                self._refuse("it is nested too deeply")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def _refuse(self, why: str) -> None:
+            raise yaml.composer.ComposerError(None, None, why, self.peek_event().start_mark)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             seen: set[str] = set()
             for key_node, _ in node.value:
@@ -204,7 +219,8 @@ def _read_yaml(found: _Found, file: str) -> None:
             content = yaml.load(stream, Loader)
     except (OSError, UnicodeDecodeError) as error:
         found.errors.append(f"--yaml-cfg {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
-    except yaml.YAMLError as error:
+    # The library raises more than YAMLError: for dates and numbers that are none, and for tags on the wrong values.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         found.errors.append(f"--yaml-cfg {file}: is not YAML ({' '.join(str(error).split())})")
     else:
         if content is not None and not isinstance(content, dict):

@@ -1,0 +1,97 @@
+"""tools/launch.py: what it prints, what it refuses, and the launch scripts of the papers' models."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = ("job.sh", "submit.sh")
+SCRIPTS = sorted(path.name for path in (ROOT / "examples" / "slurm").glob("*.sh") if path.name not in SHARED)
+MODEL = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 8 --micro-batch-size 2 --train-iters 9"
+FLAGS = f"{MODEL} --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 50000".split()
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch_tool", ROOT / "tools" / "launch.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_dry_run_prints_the_batch_file_and_the_layout(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--nodes 2 --gpus-per-node 4 --time 2:00:00 --job-name one --sbatch=--partition=big --sbatch=--requeue"
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 8"
+    argv = [*options.split(), "--dry-run", "--", *FLAGS, *layout.split(), "--save", "a folder"]
+    assert tool.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("#!/usr/bin/env bash\n")
+    given = [line.removeprefix("#SBATCH ") for line in out.splitlines() if line.startswith("#SBATCH")]
+    for line in ("--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=1", "--cpus-per-task=32", "--time=2:00:00"):
+        assert line in given
+    assert given.count("--requeue") == 1 and "--partition=big" in given and "--signal=B:USR1@300" in given
+    assert len(given) == len({line.partition("=")[0] for line in given}), "no option twice"
+    assert out.splitlines().index('run_job torchrun "$@"') > 10
+    assert "layout: 2 nodes x 4 processes = 8 = pipeline 2 x data 2 x tensor 2" in out
+    assert "a step: 8 samples of 8 tokens = 2 micro-batches of 2 on each of 2 copies" in out
+    assert "--save 'a folder'" in out and "note: without --save-interval" in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--", *FLAGS], "--save FOLDER must be given"),
+        (["--nodes", "0", "--", *FLAGS, "--save", "x"], "--nodes must be positive, not 0"),
+        (["--", *FLAGS, "--save", "x", "--hiden-size", "3"], "--hiden-size is not a flag"),
+        (["--", *FLAGS, "--save", "x", "--tensor-model-parallel-size", "3"], r"size \(3\) must divide"),
+        (["--nodes", "3", "--", *FLAGS, "--save", "x", "--pipeline-model-parallel-size", "5"], "pipeline"),
+        (["--job-name", "a; rm -rf b", "--", *FLAGS, "--save", "x"], "cannot stand in a #SBATCH line"),
+        (["--sbatch=--comment=$(id)", "--", *FLAGS, "--save", "x"], "cannot stand in a #SBATCH line"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    argv: list[str], message: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(["--dry-run", *argv])
+    assert stopped.value.code == 2
+    found = capsys.readouterr()
+    assert re.search(message, found.err) and found.out == ""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_launch_scripts_of_the_papers_models(
+    name: str, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The script's own arguments, given to the tool here: a process each would take long."""
+    recorder = tmp_path / "python"
+    recorder.write_text("#!/usr/bin/env bash\nshift\nprintf '%s\\n' \"$@\"\n")
+    recorder.chmod(0o755)
+    script = ROOT / "examples" / "slurm" / name
+    user = ["--save", "x y", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "50000"]
+    run = subprocess.run(
+        [str(script), *user],
+        env=os.environ | {"PYTHON": str(recorder), "DRY_RUN": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    argv = run.stdout.splitlines()
+    assert argv[-len(user) :] == user
+    assert tool.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"--job-name={name.removesuffix('.sh')}" in out and "layout: " in out
+    assert len(script.read_text().splitlines()) <= 6, "a few lines over one shared script"
+
+
+def test_batch_scripts_are_valid_bash() -> None:
+    for file in sorted((ROOT / "examples" / "slurm").iterdir()):
+        assert subprocess.run(["bash", "-n", str(file)], capture_output=True).stderr == b"", file
