@@ -126,7 +126,7 @@ def checksum(path: Path) -> int:
     is to find."""
     found = 0
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
+        while chunk := file.read(1 << 17):
             found = zlib.crc32(chunk, found)
     return found
 

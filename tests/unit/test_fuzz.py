@@ -5,6 +5,7 @@ FUZZ_EXAMPLES=5000 python -m pytest tests/unit/test_fuzz.py runs more than the f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -83,6 +84,16 @@ def within_memory(size: int, action: Callable[[], Any], refused: type[Exception]
         tracemalloc.stop()
         assert time.process_time() - began < 20, "as good as a hang"
         assert peak <= 2 * size + SPARE_BYTES, f"{peak} bytes for a file of {size}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What they take is not the file's."""
+    file = tmp_path_factory.mktemp("first") / "run.yaml"
+    for text in ("lr: 1e-3", "lr: [1, 2", "lr: {a: 1}", "lx: 1"):
+        file.write_text(text)
+        with contextlib.suppress(cli.UsageError):
+            cli.parse([*REQUIRED, "--yaml-cfg", str(file)])
 
 
 # ---- .idx ----
@@ -299,7 +310,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text("\n".join(string.ascii_lowercase[n % 9 :] for n in range(200)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "t"), vocab_size=40, minloglevel=2
+        input=str(folder / "text.txt"), model_prefix=str(folder / "t"), vocab_size=30, minloglevel=2
     )
     return (folder / "t.model").read_bytes()
 
