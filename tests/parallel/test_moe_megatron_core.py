@@ -235,14 +235,14 @@ def config_of(form: str, **changes: Any) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def rank() -> Any:
-    ranks = Pool(size=1)
+    ranks = Pool(size=1, timeout_s=300)  # megatron-core takes long to import
     yield ranks
     ranks.close()
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> Any:
-    ranks = Pool(size=2)
+    ranks = Pool(size=2, timeout_s=300)
     yield ranks
     ranks.close()
 
