@@ -249,6 +249,7 @@ def draw(title: str, stats: Stats, matrix: Sequence[Sequence[float]], num_layers
             axes.plot(row, "o-", ms=3, lw=1.3, color=compare_runs.COLOURS[index][0], label=name)
         if panel.is_log and any(v is not None and v > 0 for name in panel.rows for v in stats.get(name, [])):
             axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(panel.title, fontsize=10)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.25)

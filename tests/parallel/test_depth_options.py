@@ -19,8 +19,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("options", [f"{LEFT_OUT} {SCALED}", LINEARITY], ids=["left-out-and-scaled", "linearity"])
-@pytest.mark.parametrize("method", ["hyper", "sparse-aggregation"])
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("layout", "method"), [*((layout, "hyper") for layout in LAYOUTS), ("pp2-tp2-sp", "sparse-aggregation")]
+)
 def test_layouts_give_the_numbers_of_one_process(runs: Runs, layout: str, method: str, options: str) -> None:
     world_size, axes, recompute = LAYOUTS[layout]
     model = f"--num-layers 3 --residual-connection {method} {options}"

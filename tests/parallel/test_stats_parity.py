@@ -28,6 +28,20 @@ def test_statistics_equal_one_process(pool: Pool, layout: str, method: str) -> N
             assert found[name] == wanted, name
 
 
+@pytest.mark.parametrize("strategy", ["optim", "optim_grads_params"])
+def test_data_parallel_ranks(pool: Pool, strategy: str) -> None:
+    """Each rank's first micro-batch is measured: other tokens than one process measures, but the same parameters."""
+    model = "--num-layers 3 --residual-connection hyper --value-residual learnable"
+    one, *_ = pool.run(run_cell, Cell(model, options=STATS, num_steps=2))
+    layout = f"--data-parallel-sharding-strategy {strategy}"
+    first, second = (r.stats for r in pool.run(run_cell, Cell(model, layout, STATS, world_size=2, num_steps=2))[:2])
+    assert first == second
+    for name in ("grad_norm", "value_first", "value_own"):
+        wanted = [None if value is None else pytest.approx(value, rel=1e-9) for value in one.stats[0][name]]
+        assert first[0][name] == wanted, name
+    assert set(first[0]) == set(one.stats[0])
+
+
 def test_measuring_changes_nothing(pool: Pool) -> None:
     """The same losses, bit for bit, with stochastic depth on."""
     model = "--num-layers 3 --residual-connection hyper --stochastic-depth 0.5"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hc import cli, log
+from megatron_hc import cli, log, log_sinks
 from megatron_hc.config import TrainConfig
 from megatron_hc.mesh import Mesh
 
@@ -126,6 +126,22 @@ def test_validation_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(lines[0]) == set(lines[2]) == {"-"} and len(lines[0]) == len(lines[1]) + 1
     assert lines[4].startswith(" validation loss at iteration 500 on test set | lm loss value: 3.000000E+01 | ")
     assert "lm loss PPL: 4.851652E+08" in lines[4]  # exp of at most 20
+
+
+def test_residual_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By name and place in the sinks, the extremes in a line."""
+    file = tmp_path / "m.jsonl"
+    logger, _ = make(f"--metrics-jsonl {file}")
+    stats = {"grad_norm": [0.5, 2.0], "stream_rank": [1.5, 1.25, 3.0], "value_first": [None, 0.25]}
+    with logger:
+        logger.residual(4, 32, stats)
+    (record,) = records(file)
+    assert record["residual/grad_norm_1"] == 2.0 and record["residual/value_first_1"] == 0.25
+    assert "residual/value_first_0" not in record and (record["iteration"], record["consumed_samples"]) == (4, 32)
+    tags = log_sinks.tags_of(record)
+    assert len(tags) == 6 and tags["residual/stream_rank_2"] == "residual/stream_rank_2"
+    out = capsys.readouterr().out
+    assert "iteration 4 | largest grad_norm: 2 at 1 | smallest stream_rank: 1.25 at 1 |" in out
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
