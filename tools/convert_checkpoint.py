@@ -43,9 +43,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def convert(arguments: argparse.Namespace) -> None:
     import torch
 
-    from megatron_hc.convert import hf, logits
+    from megatron_hc.convert import hf, logits, megatron
     from megatron_hc.convert.checkpoints import Folder
 
+    if arguments.check_logits and arguments.source == "megatron":
+        raise ValueError("--check-logits needs both models: Megatron-LM's cannot be run here")
     if arguments.max_shard_size <= 0:
         raise ValueError(f"--max-shard-size must be positive, not {arguments.max_shard_size:g}")
     options = hf.Options(
@@ -63,7 +65,18 @@ def convert(arguments: argparse.Namespace) -> None:
             ours = logits.root_of(Folder(arguments.load, arguments.ckpt_step).path)
             logits.check_logits(arguments.save, *ours, print)
     elif (arguments.source, arguments.target) == ("megatron", "megatron-hc"):
-        raise ValueError("--from megatron is not there yet")
+        if not arguments.allow_pickle:
+            raise ValueError(
+                "--from megatron unpickles .metadata and common.pt, which can run any code: add --allow-pickle if you "
+                "trust where the checkpoint is from"
+            )
+        megatron.import_megatron(
+            *(arguments.load, arguments.save),
+            step=arguments.ckpt_step,
+            vocab_size=arguments.vocab_size,
+            seq_length=arguments.seq_length,
+            options=options,
+        )
     else:
         raise ValueError(
             f"--from {arguments.source} --to {arguments.target} is not offered: from hf or megatron to megatron-hc, or "

@@ -11,7 +11,7 @@
     custom.py      what no family has: export with modelling code of its own (``hf_code/``)
     tokenizers.py  tokenizer files beside a checkpoint
     logits.py      --check-logits
-    megatron.py    Megatron-LM's torch_dist folders
+    megatron.py    Megatron-LM's torch_dist folders, read by torch_dist.py
     retrofit.py    a plain checkpoint -> another residual method of equal function
     rmsnorm.py     LayerNorm -> RMSNorm of equal function
 """

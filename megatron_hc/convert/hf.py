@@ -135,7 +135,7 @@ def chosen_pieces(weights: ShardedFolder, model: ModelConfig, vocab_size: int, n
         if name in there and weights.specs[name].shape != shape
     ]
     lists = (("missing", missing), ("unexpected", extra), ("of a wrong shape", wrong))
-    problems = [f"{len(names_)} tensors {what}: {_listed(names_)}" for what, names_ in lists if names_]
+    problems = [f"{len(names_)} tensors {what}: {listed(names_)}" for what, names_ in lists if names_]
     if problems:
         raise ValueError(f"{weights.folder} does not hold what its config.json says: {'; '.join(problems)}")
     check_complete(model, vocab_size, {piece.ours for piece in found})
@@ -146,7 +146,7 @@ def _theirs(pieces: Iterable[Piece]) -> list[str]:
     return [name for piece in pieces for name, _ in piece.theirs]
 
 
-def _listed(names: list[str], most: int = 12) -> str:
+def listed(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -241,7 +241,7 @@ def check_ours(source: Folder, model: ModelConfig, vocab_size: int) -> dict[str,
         if name in held and held[name].shape != shape
     ]
     lists = (("missing", missing), ("unexpected", extra), ("of a wrong shape", wrong))
-    problems = [f"{len(names)} tensors {what}: {_listed(names)}" for what, names in lists if names]
+    problems = [f"{len(names)} tensors {what}: {listed(names)}" for what, names in lists if names]
     if problems:
         raise ValueError(f"{source.path} does not hold what its arguments say: {'; '.join(problems)}")
     return shapes

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, cases, combined, is_allowed
+from cases import ADDITIONS, Case, cases, combined, is_allowed
 from convert_models import write_checkpoint
 from helpers import random_tokens
 from safetensors.torch import save_file
 
+from megatron_hc.config import MoEConfig
 from megatron_hc.convert import hf
 from megatron_hc.convert.custom import served
 from megatron_hc.inference import load_model
@@ -53,21 +54,29 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def default_cases() -> list[Case]:
-    """All forms and placements, every method with two value residuals in turn, experts, and other settings."""
-    methods = list(RESIDUALS)
-    found = [*cases()]
-    for number, method in enumerate(methods):
-        for value in (VALUES[number % len(VALUES)], VALUES[(number + 4) % len(VALUES)]):
-            found.append(combined(method, value))
-    from megatron_hc.config import MoEConfig
+FORMS_BY_DEFAULT = (
+    "hyper-static", "frac-static", "mhc-single-pass", "mhc-megatron", "virtual-width-copies", "attention-blocks-of-2",
+    "denseformer-2x3", "laurel-rw-lr-pa-2",
+)  # fmt: skip
 
+
+def with_experts_and_others() -> list[Case]:
+    found = []
     for name, (moe, model) in MOES.items():
         residual = {"residual_connection": "hyper" if name != "softmax" else "plain"}
         found.append(Case(f"moe-{name}", "unstated", residual, model | {"moe": MoEConfig(**moe)}))
     for name, model in OTHERS.items():
         found.append(Case(name, "unstated", {"residual_connection": "mhc"}, model))
-    return [case for case in found if is_allowed(case)]
+    return found
+
+
+def default_cases() -> list[Case]:
+    """Every method with one value residual in turn, every norm placement, experts, and some forms of methods."""
+    turns = [combined(method, VALUES[number % len(VALUES)]) for number, method in enumerate(RESIDUALS)]
+    found = [case if is_allowed(case) else combined(case.residual["residual_connection"], "dense") for case in turns]
+    placements = [combined("plain", name) for name, model in ADDITIONS.items() if "norm_placement" in model]
+    forms = [case for case in cases() if case.name in FORMS_BY_DEFAULT]
+    return [case for case in (*found, *placements, *forms, *with_experts_and_others()) if is_allowed(case)]
 
 
 def checked(chosen: list[Case], folder: Path, dtype: str = "fp64", scale: float = 0.3) -> dict[str, dict[str, Any]]:
@@ -109,10 +118,17 @@ def test_every_method_is_served() -> None:
 
 
 def test_exports(tmp_path: Path) -> None:
-    results = checked(default_cases(), tmp_path)
-    methods = {name.split("-")[0] for name in results}
-    assert len(results) > 60 and {method.split("-")[0] for method in RESIDUALS} <= methods
-    assert_same(results)
+    chosen = default_cases()
+    methods = {case.residual.get("residual_connection", "plain") for case in chosen}
+    values = {case.model.get("value_residual", "none") for case in chosen}
+    assert methods == RESIDUALS.keys() and values == VALUE_RESIDUALS.keys()
+    assert any(case.model.get("single_layer_value") for case in chosen)
+    assert_same(checked(chosen, tmp_path))
+
+
+@pytest.mark.slow
+def test_every_form(tmp_path: Path) -> None:
+    assert_same(checked([case for case in cases() if is_allowed(case)], tmp_path))
 
 
 @pytest.mark.slow
@@ -128,8 +144,6 @@ def test_single_precision(tmp_path: Path) -> None:
 
 def test_bfloat16(tmp_path: Path) -> None:
     """Norms, routers and residual parameters stay fp32, as in training."""
-    from megatron_hc.config import MoEConfig
-
     chosen = [combined("mhc", "per-token"), combined("gated", "peri")]
     chosen.append(Case("moe", "unstated", {"residual_connection": "hyper"}, {"moe": MoEConfig(**MOES["sigmoid"][0])}))
     results = checked(chosen, tmp_path, "bf16")
