@@ -6,9 +6,11 @@ python convert_megatron_core.py {dense,moe,qk} FOLDER
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 MODEL: dict[str, Any] = {
@@ -42,8 +44,14 @@ def main() -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    moe_utils.te_general_gemm = None  # which is not defined without transformer-engine
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    torch.cuda.Stream = lambda *_, **__: stream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
     parallel_state.initialize_model_parallel()
     initialize_rng_tracker(inference_rng_tracker=True)
     fields, spec = OTHERS[name]

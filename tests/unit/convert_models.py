@@ -89,11 +89,19 @@ def tokens(vocab_size: int = VOCAB) -> Tensor:
     return torch.randint(0, vocab_size, (2, 64), generator=torch.Generator().manual_seed(3))
 
 
-def write_checkpoint(folder: Path, config: ModelConfig, precision: str = "fp32", scale: float = 0.3) -> GPT:
-    """A checkpoint of ours with random weights, of a model for ``helpers.VOCAB`` tokens; returns the model."""
+def write_checkpoint(
+    folder: Path, config: ModelConfig, precision: str = "fp32", scale: float = 0.3, **lies: object
+) -> GPT:
+    """A checkpoint of ours with random weights, of a model for ``helpers.VOCAB`` tokens; returns the model.
+
+    ``lies``: arguments that are written with values other than the model's.
+    """
     data = DataConfig(tokenizer_type="NullTokenizer", vocab_size=helpers.VOCAB - 1)
     run = TrainConfig(model=config, data=data, training=helpers.TRAINING[precision])
     model = helpers.randomise(helpers.build(config, precision), scale=scale)
     tensors = model_tensors(model, placements(model, Mesh()))
-    checkpoint.save(folder, 0, tensors, fresh_state(), dump(run, origins_of(run)), mesh=Mesh())
+    arguments = dump(run, origins_of(run))
+    for name, value in lies.items():
+        arguments[name] = {"value": value, "origin": "checkpoint"}
+    checkpoint.save(folder, 0, tensors, fresh_state(), arguments, mesh=Mesh())
     return model
