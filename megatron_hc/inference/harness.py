@@ -35,6 +35,7 @@ GENERATION_ROWS = 16  # texts written at a time where no batch size is given
 def register() -> type:
     """Make ``--model megatron_hc`` known to the harness; returns its class."""
     try:
+        import lm_eval.models  # noqa: F401  the stock models, which the harness adds to an empty registry only
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import MODEL_REGISTRY, register_model
     except ImportError as error:
