@@ -245,9 +245,10 @@ async def _disconnected(request: HttpRequest) -> None:
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    from starlette.responses import JSONResponse
+    from starlette.responses import Response
 
-    return JSONResponse(content, status, headers)
+    # In ASCII: a client may echo half of a surrogate pair, which UTF-8 cannot have.
+    return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
 def build_app(service: Service, tokenizer: Tokenizer, settings: Settings, metrics: Metrics) -> FastAPI:

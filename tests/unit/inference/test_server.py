@@ -127,6 +127,7 @@ def test_fields(server: Server) -> None:
 
     assert choice()["text"] == choice(prompt=[89, 111, 117])["text"] == text
     assert choice(echo=True)["text"] == "You" + text
+    assert choice(prompt="a\ud800", echo=True)["text"].startswith("a\ud800"), "half of a surrogate pair"
     stop = text[4:6]
     cut = choice(stop=stop)
     assert cut["text"] == text[: text.index(stop)] and cut["finish_reason"] == "stop"
