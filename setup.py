@@ -31,6 +31,7 @@ EXTRAS = {
         "tensorboard",
         "matplotlib",
         "datasets>=5.0",
+        "accelerate",
         "fastapi>=0.115",
         "httpx",
         "lm-eval==0.4.13",

@@ -79,6 +79,7 @@ def scores(model: str, arguments: str) -> dict[str, dict[str, Any]]:
 def test_scores_of_checkpoint_and_export(model: str, data: tuple[Path, str], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # lm_eval --model hf needs it
     folder, flags = data
     run, export = tmp_path / "run", tmp_path / "hf"
     assert command(f"{BASE} {flags} --data-cache-path {tmp_path}/cache {MODELS[model]} --save {run}".split()) == 0
