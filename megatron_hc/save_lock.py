@@ -36,8 +36,11 @@ class SaveLock:
         self._thread = threading.Thread(target=self._renew, name="lock of --save", daemon=True)
 
     def __enter__(self) -> SaveLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = self._take()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self._take()
+        except OSError as error:
+            raise ValueError(f"--save: {self.path} cannot be written: {error.strerror}") from error
         self._thread.start()
         return self
 

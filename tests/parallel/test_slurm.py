@@ -3,6 +3,7 @@ the losses of a run that nothing disturbs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -138,9 +139,10 @@ def test_a_node_goes_down(layout: str, slurm: Cluster, tmp_path: Path) -> None:
     try:
         job.check_resumed()
     finally:
-        slurm.run("scontrol", "update", f"nodename={lost}", "state=resume")
+        with contextlib.suppress(AssertionError):  # it may have come back by itself
+            slurm.run("scontrol", "update", f"nodename={lost}", "state=resume")
         slurm.wait_until(lambda: slurm.run("sinfo", "-h", "-n", lost, "-p", "low", "-o", "%T").strip() == "idle")
-    assert lost not in slurm.job(job.number)["NodeList"]
+    assert "back into the queue" not in job.output(), "Slurm itself has put it there"
 
 
 # ---- the scripts alone, with something quicker than training ----
