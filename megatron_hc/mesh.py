@@ -115,9 +115,24 @@ def join(config: TrainConfig) -> Mesh:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    meeting = {"init_method": place.init_method, "rank": rank, "world_size": world_size}
-    torch.distributed.init_process_group(backend, timeout=_timeout(config, device), **meeting)  # type: ignore[arg-type]
+    timeout = _timeout(config, device)
+    torch.distributed.init_process_group(
+        backend, store=_meet(place, timeout), rank=rank, world_size=world_size, timeout=timeout
+    )
     return mesh_of(rank, world_size, config, device)
+
+
+def _meet(place: Place, timeout: timedelta) -> Any:
+    """The store of the process group. torchrun's outlives a restart of the processes: each attempt has its own names.
+
+    torch 2.13 leaves them to be the same, and processes started again would look for those that have ended.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous(place.init_method, place.rank, place.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def leave_groups() -> None:
