@@ -263,6 +263,15 @@ def undisturbed(folder: Path) -> list[float | None]:
     return losses(folder)
 
 
+def reference(table: Path) -> list[float | None]:
+    """The losses of the undisturbed run, kept beside the table."""
+    file = table.with_suffix(".undisturbed.json")
+    if not file.exists():
+        with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+            file.write_text(json.dumps(undisturbed(Path(name))))
+    return json.loads(file.read_text())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
@@ -272,8 +281,8 @@ def main() -> int:
     lines = options.table.read_text().splitlines() if options.table.exists() else []
     done = {int(line.split("\t")[0]) for line in lines[1:]}
     began, failed = time.monotonic(), 0
+    expected = reference(options.table)
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-        expected = undisturbed(Path(name) / "undisturbed")
         for number in sorted(set(range(options.runs)) - done):
             if time.monotonic() - began > options.seconds:
                 break

@@ -132,20 +132,12 @@ class Cluster:
         """What scontrol shows of a job: JobState, Restarts, ExitCode, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number)))
 
-    def start_now(self, number: str) -> None:
-        """A job that has been put back waits for some seconds: not this time."""
-        with contextlib.suppress(AssertionError):
-            self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
-
     def wait_for_end(self, number: str, log: Path, timeout_s: float = 300.0) -> dict[str, str]:
-        """A job, once it will not run any more."""
+        """A job, once it will not run any more. One that is put back waits for 6 s: until then slurmd refuses it."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
         def is_over() -> bool:
-            found = self.job(number)
-            if found["JobState"] == "PENDING" and int(found["Restarts"]) > 0:
-                self.start_now(number)
-            return found["JobState"] in ends
+            return self.job(number)["JobState"] in ends
 
         self.wait_until(is_over, timeout_s, lambda: f"{self.job(number)}\n{log.read_text() if log.exists() else ''}")
         return self.job(number)

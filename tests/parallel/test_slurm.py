@@ -169,6 +169,7 @@ def test_two_restarts_without_progress_end_the_job(slurm: Cluster, tmp_path: Pat
     assert re.search(reason, job.output())
 
 
+@pytest.mark.slow
 def test_progress_keeps_a_job_going_and_its_own_failure_ends_it(slurm: Cluster, tmp_path: Path) -> None:
     count = tmp_path / "run" / "latest_checkpointed_iteration.txt"
     body = f"""
