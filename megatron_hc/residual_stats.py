@@ -48,7 +48,6 @@ class Sums:
         self.parts: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        value = value.double()
         self.parts[name] = self.parts[name] + value if name in self.parts else value
 
     def __getitem__(self, name: str) -> Tensor:
@@ -195,31 +194,23 @@ def _assembled(recorder: Recorder) -> Stats:
     """Every stage's places put together."""
     model, mesh = recorder.model, recorder.mesh
     num_sublayers = 2 * model.config.num_layers
-    rows: dict[str, Tensor] = {}
-
-    def put(name: str, place: int, value: float, length: int) -> None:
-        if name not in rows:
-            rows[name] = torch.zeros(2, length, dtype=torch.float64)
-        rows[name][:, place] = torch.tensor([value, 1.0], dtype=torch.float64)
-
-    for name in NAMES:
-        rows[name] = torch.zeros(2, num_sublayers + 1, dtype=torch.float64)
-    for place, sums in recorder.places.items():
-        for name, value in at_place(sums).items():
-            put(name, place, value, num_sublayers + 1)
-    for layer, found in recorder.layers.items():
-        for name, value in (found | value_weights(model, layer)).items():
-            put(name, layer, value, num_sublayers + 1)
+    # Values, and whether there is one: a place belongs to one stage.
+    rows = {name: torch.zeros(2, num_sublayers + 1, dtype=torch.float64) for name in NAMES}
+    found = [(place, at_place(sums)) for place, sums in recorder.places.items()]
+    found += [(layer, scores | value_weights(model, layer)) for layer, scores in recorder.layers.items()]
+    for place, values_here in found:
+        for name, value in values_here.items():
+            rows[name][:, place] = torch.tensor([value, 1.0], dtype=torch.float64)
     flat = torch.cat([rows[name].flatten() for name in NAMES]).to(mesh.device)
     flat = all_reduce(flat, mesh.group("pp")).cpu()
     table = flat.unflatten(0, (len(NAMES), 2, num_sublayers + 1))
-    found_stats: Stats = {}
+    stats: Stats = {}
     for name, (values, given) in zip(NAMES, table, strict=True):
         if given.any():
             length = LENGTHS[name](model.config.num_layers)
             pairs = zip(values.tolist(), given.tolist(), strict=True)
-            found_stats[name] = [value if has else None for value, has in pairs][:length]
-    return found_stats | _gains(recorder, num_sublayers)
+            stats[name] = [value if has else None for value, has in pairs][:length]
+    return stats | _gains(recorder, num_sublayers)
 
 
 def at_place(sums: Sums) -> dict[str, float]:
@@ -290,31 +281,19 @@ def composite_gains(kept: Tensor) -> Stats:
     return {"forward_gain": list(forward), "backward_gain": list(backward)}
 
 
-def _sublayers_and_end(num_layers: int) -> int:
-    return 2 * num_layers + 1
-
-
-def _sublayers(num_layers: int) -> int:
-    return 2 * num_layers
-
-
-def _layers(num_layers: int) -> int:
-    return num_layers
-
-
 LENGTHS: dict[str, Callable[[int], int]] = {
-    "channel_squared_mean": _sublayers_and_end,
-    "channel_variance": _sublayers_and_end,
-    "branch_variance": _sublayers,
-    "stream_cosine": _sublayers_and_end,
-    "stream_rank": _sublayers_and_end,
-    "row_deviation": _sublayers,
-    "column_deviation": _sublayers,
-    "layer_cosine": _layers,
-    "linearity": _layers,
-    "update_linearity": _layers,
-    "value_first": _layers,
-    "value_own": _layers,
+    "channel_squared_mean": lambda layers: 2 * layers + 1,
+    "channel_variance": lambda layers: 2 * layers + 1,
+    "branch_variance": lambda layers: 2 * layers,
+    "stream_cosine": lambda layers: 2 * layers + 1,
+    "stream_rank": lambda layers: 2 * layers + 1,
+    "row_deviation": lambda layers: 2 * layers,
+    "column_deviation": lambda layers: 2 * layers,
+    "layer_cosine": lambda layers: layers,
+    "linearity": lambda layers: layers,
+    "update_linearity": lambda layers: layers,
+    "value_first": lambda layers: layers,
+    "value_own": lambda layers: layers,
 }
 """How many numbers each statistic has."""
 NAMES = tuple(LENGTHS)

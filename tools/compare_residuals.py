@@ -10,16 +10,16 @@ are flags of pretrain_gpt.py that all runs share; --input FILE makes a byte data
 and may be left out where those flags name the data. With several --lrs every method is shown at its best one.
 
 Every run is a process of its own below OUTPUT/runs and resumes where it was stopped: give the same command again. On a
-cluster, `--print-tasks` lists the runs, and `--task INDEX` (in a Slurm array: --task "$SLURM_ARRAY_TASK_ID") does one;
-afterwards `--report` writes runs.csv, summary.csv, compare.png and compare.html from what is done.
+cluster, `--print-tasks` makes the data and lists the runs, and `--task INDEX` (in a Slurm array: --task
+"$SLURM_ARRAY_TASK_ID") does one; afterwards `--report` writes runs.csv, summary.csv, compare.html and, where there is
+matplotlib, compare.png from what is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.util
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -140,7 +140,8 @@ def check(tasks: Sequence[Task], options: argparse.Namespace) -> None:
     for task in tasks:
         try:
             config = parse([*task.flags]).config
-            config.validate(int(os.environ.get("WORLD_SIZE", "1")) if options.launcher == sys.executable else 1)
+            if options.launcher == sys.executable:  # with another one the number of processes is not known here
+                config.validate()
         except ValueError as error:
             raise ValueError(f"method {task.name}: {error}") from error
         training = config.training
@@ -156,6 +157,8 @@ def check(tasks: Sequence[Task], options: argparse.Namespace) -> None:
                 f"{options.output} holds runs with other flags ({sorted(changed)[0]}): name another folder"
             )
         wanted = {**known, **wanted}
+        if wanted == known:
+            return
     write(record, lambda beside: beside.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
 
 
@@ -224,9 +227,10 @@ def report(tasks: Sequence[Task], options: argparse.Namespace) -> None:
     write(options.output / "compare.html", lambda beside: beside.write_text(content, encoding="utf-8"))
     print(comparison_report.markdown(summaries))
     print(comparison_report.verdict(summaries), *about)
-    with contextlib.suppress(ImportError):
+    has_picture = importlib.util.find_spec("matplotlib") is not None
+    if has_picture:
         comparison_report.draw(results, summaries, options.title, options.output / "compare.png")
-    print(f"wrote {options.output}/compare.html, compare.png, runs.csv and summary.csv")
+    print(f"wrote compare.html, {'compare.png, ' if has_picture else ''}runs.csv and summary.csv in {options.output}")
 
 
 def sentences(done: Sequence[Task], tasks: Sequence[Task], options: argparse.Namespace) -> list[str]:
@@ -253,13 +257,13 @@ def main(argv: list[str]) -> int:
         tasks = tasks_of(options, shared)
         if options.task is not None and not 0 <= options.task < len(tasks):
             raise ValueError(f"--task ({options.task}) must be in 0 .. {len(tasks) - 1}")
+        check(tasks, options)
+        write_data(options)
         if options.print_tasks:
             for index, task in enumerate(tasks):
                 print(f"{index}  {task.name}  lr {task.lr:g}  seed {task.seed}  {task.outcome or 'to do'}")
             print(f'as a Slurm array: --array=0-{len(tasks) - 1}, and --task "$SLURM_ARRAY_TASK_ID" in its command')
             return 0
-        write_data(options)
-        check(tasks, options)
         launcher = shlex.split(options.launcher)
         for task in [] if options.report else tasks if options.task is None else [tasks[options.task]]:
             if task.outcome is None:

@@ -363,7 +363,7 @@ def write(output: Path, save: Any) -> None:
     """Replace a file in one step."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_name(f".{output.name}.partial")
+        beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
         save(beside)
         os.replace(beside, output)
     except OSError as error:

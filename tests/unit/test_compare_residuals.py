@@ -122,6 +122,10 @@ def test_methods() -> None:
     ]
 
 
+SHARED = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2 --train-iters 6
+    --eval-interval 3 --eval-iters 1 --num-workers 0 --device cpu"""
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -131,7 +135,12 @@ def test_methods() -> None:
         (["--methods", "plain", "--seeds", "0"], "--seeds must be at least 1"),
         (["--methods", "plain", "--task", "3"], r"--task \(3\) must be in 0 .. 2"),
         (["--methods", "plain", "hypr", "--", "--num-layers", "1"], "method plain: "),
-        (["--methods", "plain", "--input", "/nowhere"], "--input /nowhere cannot be read"),
+        (["--methods", "plain", "--input", "/nowhere", "--", *SHARED.split()], "--input /nowhere cannot be read"),
+        (["--methods", "plain", "--input", "x", "--", *SHARED.split(), "--eval-iters", "0"], "--eval-iters above 0"),
+        (
+            ["--methods", "plain", "x=hypr", "--input", "x", "--", *SHARED.split()],
+            "method x: --residual-connection .hypr",
+        ),
     ],
 )
 def test_refusals(arguments: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -144,9 +153,8 @@ def test_runs_resumes_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[s
     """Two methods, one seed; a task at a time as on a cluster; what is done is not done again."""
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question. " * 100)
-    arguments = f"""--output {tmp_path / "out"} --input {text} --methods plain hyper --seeds 1 --lrs 1e-3 --TASK --
-        --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2 --train-iters 6
-        --eval-interval 3 --eval-iters 1 --num-workers 0 --device cpu --value-residual learnable"""
+    methods = "--methods plain hyper --seeds 1 --lrs 1e-3"
+    arguments = f"--output {tmp_path / 'out'} --input {text} {methods} --TASK -- {SHARED} --value-residual learnable"
     for number in (0, 1):
         assert compare.main(arguments.replace("--TASK", f"--task {number}").split()) == 0
     folder = tmp_path / "out" / "runs" / "hyper-lr0.001-seed1"
