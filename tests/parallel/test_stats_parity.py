@@ -7,14 +7,15 @@ from cells import RECOMPUTE, SP, TP2
 from parity import Cell, run_cell
 from pool import Pool
 
-LAYOUTS = {"tp2": TP2, "tp2-sp": f"{TP2} {SP}", "pp2": "--pipeline-model-parallel-size 2"}
+PP2 = "--pipeline-model-parallel-size 2"
+LAYOUTS = {"tp2": TP2, "tp2-sp": f"{TP2} {SP}", "pp2": PP2, "pp2-v": f"{PP2} --pipeline-schedule zbv"}
 STATS = "--log-residual-stats 2"
 
 
 @pytest.mark.parametrize("method", ["mhc", "attention"])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_statistics_equal_one_process(pool: Pool, layout: str, method: str) -> None:
-    model = f"--num-layers 3 --residual-connection {method} --value-residual learnable"
+    model = f"--num-layers 4 --residual-connection {method} --value-residual learnable"
     options = f"{STATS} {RECOMPUTE['uniform']}"
     one, *_ = pool.run(run_cell, Cell(model, options=STATS, num_steps=2))
     ranks = pool.run(run_cell, Cell(model, LAYOUTS[layout], options, world_size=2, num_steps=2))[:2]
