@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from megatron_hc import checkpoint
-from megatron_hc.checkpoint_folder import MANIFEST
+from megatron_hc.checkpoint_folder import MANIFEST, beside, folder_name
 from megatron_hc.cli_options import dump, options
 from megatron_hc.config import TrainConfig
 from megatron_hc.convert.shards import Spec
 
-FILE_BYTES = 1 << 30
-"""Of one file of ours at most: so much is in memory while it is written."""
+FILE_BYTES = 1 << 28
+"""Of one file of ours at most, if it is more than one tensor: twice as much is in memory while it is written."""
 
 
 class Folder:
@@ -43,6 +43,25 @@ def kept_arguments(source: Folder, config: TrainConfig) -> dict[str, Any]:
     """The arguments to write of a changed configuration; where they came from is as it was."""
     origins = {name: entry["origin"] for name, entry in source.origins.items()}
     return dump(config, {name: origins.get(name, "default") for name in options()})
+
+
+def save_weights(
+    save: str,
+    iteration: int,
+    specs: Mapping[str, Spec],
+    read: Callable[[str], Tensor],
+    state: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    file_bytes: int = FILE_BYTES,
+) -> Path:
+    """Write a checkpoint of tensors that ``read`` makes in their turn; where that fails, nothing is left of it."""
+    try:
+        return checkpoint.save_one_by_one(
+            *(save, iteration, specs, read, state, arguments), file_bytes=min(FILE_BYTES, file_bytes)
+        )
+    except BaseException:
+        shutil.rmtree(beside(Path(save) / folder_name(iteration), ".tmp"), ignore_errors=True)
+        raise
 
 
 @contextmanager

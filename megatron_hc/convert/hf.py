@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hc import checkpoint
 from megatron_hc.cli_options import dump, from_flat, options
 from megatron_hc.config import DataConfig, ModelConfig, TrainConfig
 from megatron_hc.convert import tokenizers
-from megatron_hc.convert.checkpoints import FILE_BYTES, Folder, new_folder
+from megatron_hc.convert.checkpoints import Folder, new_folder, save_weights
 from megatron_hc.convert.custom import name_of, write_code
 from megatron_hc.convert.families import arguments_of, config_of, family_of, model_type_of, reasons_against
 from megatron_hc.convert.names import NAMES, Names
@@ -60,9 +59,8 @@ def import_hf(load: str, save: str, *, seq_length: int | None, options: Options)
         piece = by_name[name]
         return piece.join([weights.read(theirs) for theirs, _ in piece.theirs]).to(specs[name].dtype)
 
-    folder = checkpoint.save_one_by_one(
-        *(save, 0, specs, read, fresh_state(), dump(config, origins_of(config))),
-        file_bytes=min(FILE_BYTES, options.max_shard_bytes),
+    folder = save_weights(
+        *(save, 0, specs, read, fresh_state(), dump(config, origins_of(config))), file_bytes=options.max_shard_bytes
     )
     options.say(f"{len(pieces)} tensors of {source} in {folder}")
     return folder

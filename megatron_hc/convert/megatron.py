@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_hc import checkpoint
 from megatron_hc.cli_options import dump, from_flat, options
 from megatron_hc.config import ModelConfig, TrainConfig
-from megatron_hc.convert.checkpoints import FILE_BYTES
+from megatron_hc.convert.checkpoints import save_weights
 from megatron_hc.convert.hf import Options, fresh_state, listed, model_shapes, origins_of
 from megatron_hc.convert.shards import Spec
 from megatron_hc.convert.torch_dist import TorchDistFolder, read_common
@@ -100,9 +99,8 @@ def import_megatron(
             )
         return tensor.to(specs[full].dtype)
 
-    found = checkpoint.save_one_by_one(
-        *(save, 0, specs, read, fresh_state(), dump(config, origins_of(config))),
-        file_bytes=min(FILE_BYTES, options.max_shard_bytes),
+    found = save_weights(
+        *(save, 0, specs, read, fresh_state(), dump(config, origins_of(config))), file_bytes=options.max_shard_bytes
     )
     options.say(f"{len(specs)} tensors of {folder} in {found}; {rows - vocab} rows of padding left out")
     return found

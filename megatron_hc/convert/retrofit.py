@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_hc import checkpoint
 from megatron_hc.cli import parse
 from megatron_hc.cli_options import to_flat
 from megatron_hc.config import ModelConfig, TrainConfig, flag, leaf_fields
-from megatron_hc.convert.checkpoints import FILE_BYTES, Folder, kept_arguments
+from megatron_hc.convert.checkpoints import Folder, kept_arguments, save_weights
 from megatron_hc.convert.hf import check_ours
 from megatron_hc.convert.shards import Spec
 from megatron_hc.model.gpt import GPT
@@ -62,10 +61,7 @@ def retrofit(load: str, save: str, flags: Sequence[str], *, step: int | None = N
                 specs[key] = Spec(tuple(tensor.shape), torch.float32)
                 reads[key] = _zeros(specs[key].shape)
     arguments = kept_arguments(source, config)
-    return checkpoint.save_one_by_one(
-        *(save, source.state["iteration"], specs, lambda name: reads[name](), source.state, arguments),
-        file_bytes=FILE_BYTES,
-    )
+    return save_weights(save, source.state["iteration"], specs, lambda name: reads[name](), source.state, arguments)
 
 
 def _reading(source: Folder, name: str) -> Callable[[], Tensor]:

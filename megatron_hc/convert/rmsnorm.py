@@ -13,10 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_hc import checkpoint
 from megatron_hc.cli import parse
 from megatron_hc.config import ModelConfig
-from megatron_hc.convert.checkpoints import FILE_BYTES, Folder, kept_arguments
+from megatron_hc.convert.checkpoints import Folder, kept_arguments, save_weights
 from megatron_hc.convert.hf import check_ours, model_shapes
 from megatron_hc.convert.shards import Spec
 
@@ -42,10 +41,7 @@ def to_rmsnorm(load: str, save: str, *, step: int | None = None) -> Path:
         tensor = source.read(name)
         return centred(name, tensor.double()).to(tensor.dtype) if writes_stream(name) else tensor
 
-    return checkpoint.save_one_by_one(
-        *(save, source.state["iteration"], specs, read, source.state, kept_arguments(source, config)),
-        file_bytes=FILE_BYTES,
-    )
+    return save_weights(save, source.state["iteration"], specs, read, source.state, kept_arguments(source, config))
 
 
 def _check(model: ModelConfig) -> None:

@@ -49,8 +49,8 @@ class ShardedFolder:
         self.specs = self._read_specs()
 
     def read(self, name: str) -> Tensor:
-        """A tensor, in the memory of the file's map."""
-        return self._file(self.files[name]).get_tensor(name)
+        """A tensor. A copy: a view would keep in memory what has been read of its file."""
+        return self._file(self.files[name]).get_tensor(name).clone()
 
     def _file(self, file: str) -> Any:
         if self._open is None or self._open[0] != file:

@@ -19,7 +19,8 @@ FILES = (
 
 def arguments_of_folder(folder: Path) -> dict[str, Any]:
     """Arguments for the tokenizer that lies in a Hugging Face folder; none where there is none."""
-    if (folder / "tokenizer.json").is_file():
+    has_both = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if (folder / "tokenizer.json").is_file() or has_both:
         return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder.absolute())}
     if (folder / "tokenizer.model").is_file():
         file = str((folder / "tokenizer.model").absolute())
