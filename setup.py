@@ -40,6 +40,7 @@ EXTRAS = {
         "pyarrow",
         "tiktoken",
         "tokenizers",
+        "transformers>=5.0",
         "uvicorn>=0.30",
         "zstandard",
     ],

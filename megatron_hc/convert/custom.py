@@ -12,9 +12,9 @@ from megatron_hc.model.mlp import activation_name
 
 CODE = Path(__file__).parent / "hf_code"
 MODELING, CONFIGURATION = "modeling_megatron_hc", "configuration_megatron_hc"
+MODEL_TYPE = "megatron_hc"
 AUTO_MAP = {
     "AutoConfig": f"{CONFIGURATION}.MegatronHCConfig",
-    "AutoModel": f"{MODELING}.MegatronHCModel",
     "AutoModelForCausalLM": f"{MODELING}.MegatronHCForCausalLM",
 }
 OUTPUT, OUTPUT_THERE = "output_layer.weight", "lm_head.weight"
@@ -52,7 +52,7 @@ def custom_config(model: ModelConfig, vocab_size: int, dtype: str) -> dict[str, 
     return {
         "architectures": ["MegatronHCForCausalLM"],
         "auto_map": AUTO_MAP,
-        "model_type": "megatron_hc",
+        "model_type": MODEL_TYPE,
         "dtype": dtype,
         "torch_dtype": dtype,  # what transformers 4 reads
         "vocab_size": vocab_size,

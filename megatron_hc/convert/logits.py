@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_hc.convert.custom import MODEL_TYPE
+from megatron_hc.convert.shards import read_json
 from megatron_hc.inference import load_model
 
 TOLERANCE = 1e-4
@@ -24,8 +26,10 @@ def check_logits(hf_folder: str, our_folder: str, step: int | None, say: Callabl
     with torch.no_grad():
         ours, tokenizer, config, _, _ = load_model(our_folder, step)
         ours.float()
+        # Code in a folder runs only where this project has written it.
+        is_custom = read_json(Path(hf_folder) / "config.json").get("model_type") == MODEL_TYPE
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            hf_folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
+            hf_folder, dtype=torch.float32, trust_remote_code=is_custom, local_files_only=True
         ).eval()
         length = min(config.model.max_positions, 128)
         generator = torch.Generator().manual_seed(1)

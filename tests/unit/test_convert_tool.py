@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from convert_models import saved, tensors_of
+from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "tools"), str(Path(__file__).parents[1] / "train")]
 
 import convert_checkpoint  # noqa: E402
 import generate  # noqa: E402
 from train_runs import command, losses, tiny  # noqa: E402
+
+from megatron_hc.convert.logits import check_logits  # noqa: E402
 
 pytest.importorskip("transformers")
 TO_OURS, TO_HF = ["--from", "hf", "--to", "megatron-hc"], ["--from", "megatron-hc", "--to", "hf"]
@@ -105,5 +108,15 @@ def test_a_run_of_ours_as_a_family(family: str, tmp_path: Path, text: str) -> No
     words = torch.tensor(IndexedDataset(text)[20][:32].astype(int))[None]
     with torch.no_grad():
         expected = float(theirs(words, labels=words).loss)
-        got = ours.output.token_losses(ours(words[:, :-1]), words[:, 1:])
-    assert abs(float(got.mean()) - expected) < 1e-5
+        logits = ours.output.logits(ours(words[:, :-1]))[:, 0]
+    assert abs(float(torch.nn.functional.cross_entropy(logits, words[0, 1:])) - expected) < 1e-5
+
+
+def test_check_logits_sees_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("llama2", tmp_path / "hf")
+    assert tool(*TO_OURS, "--load", tmp_path / "hf", "--save", tmp_path / "ours") == 0
+    tensors = tensors_of(tmp_path / "hf")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="which is more than rounding"):
+        check_logits(str(tmp_path / "hf"), str(tmp_path / "ours"), None, lambda text: None)
