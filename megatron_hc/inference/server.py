@@ -105,6 +105,8 @@ class Endpoint:
 
     async def _body(self, request: HttpRequest) -> Any:
         """The JSON value of a request's body, which may neither be too long nor take too long."""
+        from starlette.requests import ClientDisconnect
+
         limit, body = self.settings.limits.body_bytes, bytearray()
 
         async def read() -> None:
@@ -115,6 +117,8 @@ class Endpoint:
 
         try:
             await asyncio.wait_for(read(), self.settings.body_timeout_s)
+        except ClientDisconnect:
+            raise BadRequest("the client has gone", status=499) from None  # nobody reads it
         except asyncio.TimeoutError:
             raise BadRequest(
                 f"the body did not arrive within {self.settings.body_timeout_s:g} seconds", status=408, headers=CLOSE
