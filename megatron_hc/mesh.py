@@ -143,8 +143,13 @@ def leave_groups() -> None:
         dist.destroy_process_group()
 
 
-def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str) -> Mesh:
-    """The mesh of ``rank`` of ``world_size``, once a process group exists; all ranks call together."""
+def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str, join: Join | None = None) -> Mesh:
+    """The mesh of ``rank`` of ``world_size``, once a process group exists; all ranks call together.
+
+    ``join``: what makes the groups instead of torch.distributed; then no process group is needed.
+    """
+    is_real = join is None
+    join = join or partial(_own_group, rank, _timeout(config, device))
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     sizes = {"pp": pp, "dp": config.parallel.data_parallel_size(world_size), "cp": 1, "tp": tp}
     ranks, rest = {}, rank
@@ -159,7 +164,6 @@ def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str) -> Mes
     sharers = tp // config.model.num_kv_heads
     if sharers > 1:
         members["kv"] = [list(range(first, first + sharers)) for first in range(0, world_size, sharers)]
-    join = partial(_own_group, rank, _timeout(config, device))
     groups = {name: join(lists) for name, lists in members.items()}
     groups["dp_cp"] = groups["dp"]
     groups |= _shard_groups(join, members["dp"], config.parallel.num_distributed_optimizer_instances)
@@ -167,7 +171,7 @@ def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str) -> Mes
     if config.model.moe.num_experts is not None:
         experts = _expert_ranks(rank, config)
         groups |= _expert_groups(join, world_size, sizes, experts)
-    if config.checkpoint.async_save and world_size > 1:
+    if is_real and config.checkpoint.async_save and world_size > 1:
         groups["writer"] = _writer_group()
     return Mesh(
         sizes=sizes,

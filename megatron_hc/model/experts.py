@@ -212,15 +212,18 @@ class Experts(nn.Module):
         """
         E = self.num_experts
         x = x.to(self.linear_fc1.weight.dtype)
-        h = grouped_linear(x, self.linear_fc1.stacked(E), counts, self.use_grouped_mm)
+        h = self.grouped(x, self.linear_fc1.stacked(E), counts)
         if self.linear_fc1.bias is not None:
             h = h + self.linear_fc1.bias_of_rows(counts, x.shape[0])
         weights = weights.unsqueeze(-1)
         h = (self.activate(h) * weights).to(x.dtype)  # weights are fp32: one rounding
-        y = grouped_linear(h, self.linear_fc2.stacked(E), counts, self.use_grouped_mm)
+        y = self.grouped(h, self.linear_fc2.stacked(E), counts)
         if self.linear_fc2.bias is not None and self.adds_bias:
             y = y + (self.linear_fc2.bias_of_rows(counts, x.shape[0]) * weights).to(y.dtype)
         return y
+
+    def grouped(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        return grouped_linear(x, weight, counts, self.use_grouped_mm)
 
     def activate(self, h: Tensor) -> Tensor:
         if self.activation == "swiglu":

@@ -5,14 +5,46 @@ Every function is the identity on group ``None`` (an axis of size 1). "Sequence"
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = Any  # dist.ProcessGroup | None
+Group = Any  # dist.ProcessGroup | CountedGroup | None
+
+
+@dataclass(eq=False)
+class CountedGroup:
+    """A group that notes what this rank sends through it.
+
+    Without ``members`` nothing is sent and results have the right shape only: that, on the meta device, is how a layout
+    is measured before it exists.
+    """
+
+    name: str
+    size: int
+    rank: int
+    sent: Counter[tuple[str, str]]
+    """(name of the group, collective) -> bytes that this rank sends to others, by the ring algorithms."""
+    members: Any = None
+    """The process group that does the work."""
+
+
+def _noted(kind: str, num_bytes: float, group: Group) -> Any:
+    """The process group to call, once a counting one has noted the bytes sent; None: there is nobody to send to."""
+    if not isinstance(group, CountedGroup):
+        return group
+    group.sent[group.name, kind] += num_bytes  # type: ignore[assignment]
+    return group.members
+
+
+def _ring_bytes(x: Tensor, group: Group) -> int:
+    """What a ring passes on of a shard ``x``: to all ranks but the one that has it last."""
+    return x.numel() * x.element_size() * (group_size(group) - 1)
 
 # torch 2.13 deprecates the *_tensor names, 2.11 does not have the new ones.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -20,10 +52,14 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 
 def group_size(group: Group) -> int:
+    if isinstance(group, CountedGroup):
+        return group.size
     return 1 if group is None else dist.get_world_size(group)
 
 
 def group_rank(group: Group) -> int:
+    if isinstance(group, CountedGroup):
+        return group.rank
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -32,48 +68,47 @@ def group_rank(group: Group) -> int:
 
 def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduce ``x`` in place over the group and return it."""
-    if group is not None:
-        dist.all_reduce(x, op=op, group=group)
-    return x
+    return start_all_reduce(x, group, op, is_async=False)[0]
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
     """[S, ...] -> [ranks * S, ...], joined in the order of ranks."""
-    if group is None:
-        return x
-    out = x.new_empty((group_size(group) * x.shape[0], *x.shape[1:]))
-    _all_gather_single(out, x.contiguous(), group=group)
-    return out
+    return start_all_gather(x, group, is_async=False)[0]
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     """[ranks * S, ...] -> the sum's own part [S, ...]."""
-    if group is None:
-        return x
-    out = x.new_empty((x.shape[0] // group_size(group), *x.shape[1:]))
-    _reduce_scatter_single(out, x.contiguous(), group=group)
-    return out
+    return start_reduce_scatter(x, group, is_async=False)[0]
 
 
-def start_all_reduce(x: Tensor, group: Group) -> tuple[Tensor, Any]:
+def start_all_reduce(
+    x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM, *, is_async: bool = True
+) -> tuple[Tensor, Any]:
     """``all_reduce`` that goes on by itself: (its result, the work to ``wait()`` for first, None if there is none)."""
-    return x, None if group is None else dist.all_reduce(x, group=group, async_op=True)
+    if group is None:
+        return x, None
+    members = _noted("all_reduce", 2 * _ring_bytes(x, group) / group_size(group), group)
+    return x, None if members is None else dist.all_reduce(x, op=op, group=members, async_op=is_async)
 
 
-def start_all_gather(x: Tensor, group: Group) -> tuple[Tensor, Any]:
+def start_all_gather(x: Tensor, group: Group, *, is_async: bool = True) -> tuple[Tensor, Any]:
     """``all_gather`` that goes on by itself."""
     if group is None:
         return x, None
     out = x.new_empty((group_size(group) * x.shape[0], *x.shape[1:]))
-    return out, _all_gather_single(out, x.contiguous(), group=group, async_op=True)
+    members = _noted("all_gather", _ring_bytes(x, group), group)
+    return out, None if members is None else _all_gather_single(out, x.contiguous(), group=members, async_op=is_async)
 
 
-def start_reduce_scatter(x: Tensor, group: Group) -> tuple[Tensor, Any]:
+def start_reduce_scatter(x: Tensor, group: Group, *, is_async: bool = True) -> tuple[Tensor, Any]:
     """``reduce_scatter`` that goes on by itself."""
     if group is None:
         return x, None
     out = x.new_empty((x.shape[0] // group_size(group), *x.shape[1:]))
-    return out, _reduce_scatter_single(out, x.contiguous(), group=group, async_op=True)
+    members = _noted("reduce_scatter", _ring_bytes(out, group), group)
+    return out, None if members is None else _reduce_scatter_single(
+        out, x.contiguous(), group=members, async_op=is_async
+    )
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
@@ -81,7 +116,10 @@ def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: G
     if group is None:
         return x
     out = x.new_empty((sum(received), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group)
+    per_row = x.element_size() * (x[:1].numel() if x.shape[0] else 0)
+    members = _noted("all_to_all", per_row * (sum(sent) - sent[group_rank(group)]), group)
+    if members is not None:
+        dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=members)
     return out
 
 

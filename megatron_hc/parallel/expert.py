@@ -135,6 +135,16 @@ class SpreadMoE(MoE):
     def first_local(self) -> int:
         return self.where.rank * self.num_local
 
+    def trimmed(self, rows: Rows) -> Rows:
+        """On a CPU without the rows of nobody, but for one where there are no others; that waits for the counts."""
+        if rows.counts.is_cuda:
+            return rows
+        size = max(int(rows.counts.sum()), 1)
+        assert rows.has_pair is not None
+        return rows._replace(
+            pairs=rows.pairs[:size], places=rows.places.clamp(max=size - 1), has_pair=rows.has_pair[:size]
+        )
+
 
 class AllToAllMoE(SpreadMoE):
     """Every row goes to the rank(s) of its expert and back.
@@ -191,8 +201,8 @@ class AllGatherMoE(SpreadMoE):
             is_here &= all_gather(routing.kept.to(torch.uint8), self.group).bool()
         slots = None if routing.num_slots is None else routing.num_slots * group_size(self.group)
         rows = arrange(experts, is_here, self.num_local, slots)
-        if slots is None and not x.is_cuda:
-            rows = _trimmed(rows)
+        if slots is None:
+            rows = self.trimmed(rows)
         y = self.experts(dispatch(tokens, rows, self.topk), weights_of_rows(weights, rows), rows.counts)
         return reduce_scatter_sequence(combine(y, rows, self.topk), self.group)
 
@@ -207,19 +217,9 @@ class SameTokensMoE(SpreadMoE):
         experts = routing.experts - self.first_local
         is_here = (experts >= 0) & (experts < self.num_local)
         rows = arrange(experts, is_here, self.num_local, None)
-        if not x.is_cuda:
-            rows = _trimmed(rows)
+        rows = self.trimmed(rows)
         y = self.experts(dispatch(x, rows, self.topk), weights_of_rows(routing.weights, rows), rows.counts)
         return all_reduce(combine(y, rows, self.topk).contiguous(), self.group)
-
-
-def _trimmed(rows: Rows) -> Rows:
-    """Without the rows of nobody, but for one where there are no others; waits for the counts."""
-    size = max(int(rows.counts.sum()), 1)
-    assert rows.has_pair is not None
-    return rows._replace(
-        pairs=rows.pairs[:size], places=rows.places.clamp(max=size - 1), has_pair=rows.has_pair[:size]
-    )
 
 
 def _routers(model: GPT) -> list[Router]:

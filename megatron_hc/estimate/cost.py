@@ -1,0 +1,150 @@
+"""Time of a step by a roofline: matrix products at a share of the peak, the rest at a share of the memory's bandwidth.
+
+Assumed: collectives of tensor and expert parallelism wait for nothing to hide them; those of data parallelism hide
+behind the last micro-batch's backward pass with --overlap-grad-reduce and behind the first forward pass with
+--overlap-param-gather; messages between stages travel beside the passes and delay only who waits for them. The residual
+path is counted at the least traffic that a kernel can have which does a boundary in one pass (write of a sublayer,
+mixing weights, read and norm of the next): docs/scale.md has the table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_hc.config import TrainConfig
+from megatron_hc.estimate.hardware import Hardware
+from megatron_hc.estimate.paper import PaperRank
+from megatron_hc.estimate.trace import Pass, StageTrace
+from megatron_hc.parallel.stages import boundary_of
+
+
+@dataclass(frozen=True)
+class PassSeconds:
+    """Parts of the time of a pass of one stage."""
+
+    matmul: float = 0.0
+    residual: float = 0.0
+    elementwise: float = 0.0
+    tensor: float = 0.0
+    """Collectives of tensor (and sequence) parallelism."""
+    expert: float = 0.0
+    """Collectives of expert parallelism."""
+
+    @property
+    def total(self) -> float:
+        return self.matmul + self.residual + self.elementwise + self.tensor + self.expert
+
+
+class Roofline:
+    """Times on one kind of machine."""
+
+    def __init__(self, config: TrainConfig, hardware: Hardware, world_size: int) -> None:
+        self.config, self.hardware, self.world_size = config, hardware, world_size
+
+    def pass_seconds(self, rank: PaperRank, stage: tuple[int, int], part: Pass, kind: str) -> PassSeconds:
+        """``stage``: its first layer and the one behind its last; ``kind`` as in a schedule."""
+        hardware = self.hardware
+        compute = hardware.peak_tflops * 1e12 * hardware.matmul_efficiency
+        memory = hardware.memory_tb_s * 1e12 * hardware.memory_efficiency
+        share = {"forward": 0, "backward": 1, "backward_input": 1, "backward_weight": None}[kind]
+        residual = elementwise = 0.0
+        if share is not None:
+            residual = self._residual_bytes(stage)[share] / memory
+            elementwise = self._elementwise_bytes(rank, stage) * (1 + share) / memory
+            if share == 1 and self.config.parallel.recompute_granularity == "full":
+                residual += self._residual_bytes(stage)[0] / memory
+                elementwise += self._elementwise_bytes(rank, stage) / memory
+        return PassSeconds(
+            matmul=part.flops / compute,
+            residual=residual,
+            elementwise=elementwise,
+            tensor=self.sent_seconds(part.sent, ("tp", "kv", "embedding", "tp_cp"), rank),
+            expert=self.sent_seconds(part.sent, ("experts", "etp", "stage"), rank),
+        )
+
+    def _tokens(self) -> float:
+        """Of a micro-batch, those on one rank outside of the tensor-parallel regions."""
+        config = self.config
+        shard = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
+        return config.training.micro_batch_size * config.model.seq_length / shard
+
+    def _residual_bytes(self, stage: tuple[int, int]) -> tuple[float, float]:
+        """Bytes that the residual path of a stage's layers reads and writes, forward and backward."""
+        model = self.config.model
+        forward = backward = 0.0
+        for layer in range(*stage):
+            streams = history = 0.0
+            for crossing in boundary_of(self.config, layer):
+                width = crossing.num_bytes / (self.config.training.micro_batch_size * model.seq_length)
+                streams += width if crossing.spec.kind == "stream" else 0
+                history += width if crossing.spec.kind == "history" else 0
+            unit = model.hidden_size * (2 if self.config.training.bf16 else 4)
+            is_plain = streams == unit and not history and model.residual.residual_connection == "plain"
+            forward += 2 * (2 * streams + 2 * unit + history)
+            backward += 2 * ((2 if is_plain else 3) * streams + (2 if is_plain else 3) * unit + 2 * history)
+        return forward * self._tokens(), backward * self._tokens()
+
+    def _elementwise_bytes(self, rank: PaperRank, stage: tuple[int, int]) -> float:
+        """Rotary embedding, attention's reads and writes, activation of the MLP: bytes forward."""
+        model, tp = self.config.model, rank.mesh.size("tp")
+        heads = 2 * (model.num_attention_heads + model.num_kv_heads) * model.head_size / tp
+        attention = 2 * heads if model.position_embedding_type == "rope" else heads
+        matrices = 3 if model.swiglu else 2
+        total = 0.0
+        for layer in range(*stage):
+            mlp = matrices * model.ffn_size / tp
+            if model.has_experts(layer):
+                mlp = matrices * model.expert_ffn_size * model.moe.moe_router_topk / tp
+                mlp += 4 * model.hidden_size * model.moe.moe_router_topk / tp  # rows there and back
+            total += attention + mlp
+        dtype = 2 if self.config.training.bf16 else 4
+        return total * dtype * self.config.training.micro_batch_size * model.seq_length
+
+    def sent_seconds(self, sent: Counter[tuple[str, str]], groups: tuple[str, ...], rank: PaperRank) -> float:
+        """Of the collectives of some groups."""
+        return sum(count / self.bandwidth(name, rank) for (name, _), count in sent.items() if name in groups)
+
+    def bandwidth(self, group: str, rank: PaperRank) -> float:
+        """Bytes per second that a rank sends within a group: over the network where it spans nodes."""
+        hardware, mesh = self.hardware, rank.mesh
+        tp = mesh.size("tp")
+        block = mesh.experts.ranks * mesh.experts.parts
+        spans = {
+            "tp": tp,
+            "kv": tp,
+            "tp_cp": tp,
+            "etp": mesh.experts.parts,
+            "experts": block,
+        }.get(group, self.world_size // mesh.size("pp"))
+        rate = hardware.node_gb_s if spans <= hardware.gpus_per_node else hardware.network_gb_s
+        return rate * 1e9 * hardware.network_efficiency
+
+    def message_seconds(self, num_bytes: int) -> float:
+        """Of what crosses into a stage."""
+        hardware, stage = self.hardware, self.world_size // self.config.parallel.pipeline_model_parallel_size
+        rate = hardware.node_gb_s if self.world_size <= hardware.gpus_per_node else hardware.network_gb_s
+        assert stage > 0
+        return num_bytes / (rate * 1e9 * hardware.network_efficiency)
+
+    def optimizer_seconds(self, optimizer_bytes: int, weights: int) -> float:
+        """Read and write master weights and moments, read gradients, write weights."""
+        memory = self.hardware.memory_tb_s * 1e12 * self.hardware.memory_efficiency
+        return (2 * optimizer_bytes + optimizer_bytes / 3 + weights) / memory
+
+
+def passes_of(trace: StageTrace, schedule_has_weights: bool) -> dict[str, Pass]:
+    """Kind of pass -> what it does."""
+    if schedule_has_weights:
+        merged = Pass(
+            trace.backward.flops + trace.weight.flops,
+            max(trace.backward.peak_bytes, trace.weight.peak_bytes),
+            trace.backward.sent + trace.weight.sent,
+        )
+        return {
+            "forward": trace.forward,
+            "backward_input": trace.backward,
+            "backward_weight": trace.weight,
+            "backward": merged,
+        }
+    return {"forward": trace.forward, "backward": trace.backward}

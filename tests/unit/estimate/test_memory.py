@@ -1,0 +1,163 @@
+"""Parameters, and activations that are really kept, against the estimates made on paper."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import VOCAB
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron_hc.cli import parse
+from megatron_hc.config import TrainConfig
+from megatron_hc.estimate.memory import active_parameters, total_parameters
+from megatron_hc.estimate.paper import PaperRank
+from megatron_hc.estimate.trace import trace
+from megatron_hc.mesh import Mesh
+from megatron_hc.model.gpt import padded_vocab_size
+from megatron_hc.parallel import recompute, recompute_reads
+from megatron_hc.parallel.plan import build_model, cast_parameters, compute_dtype, materialize, placements
+from megatron_hc.parallel.stages import MicroBatch, Stage
+from megatron_hc.residual import RESIDUALS
+
+RUN = (
+    "--seq-length 32 --micro-batch-size 2 --train-iters 1 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
+    f"--vocab-size {VOCAB - 1} --make-vocab-size-divisible-by 4 --device cpu --position-embedding-type rope "
+    "--normalization RMSNorm --swiglu --disable-bias-linear"
+)
+SIZES = {
+    "small": "--num-layers 2 --hidden-size 32 --num-attention-heads 4",
+    "deep": "--num-layers 5 --hidden-size 48 --num-attention-heads 4 --group-query-attention --num-query-groups 2",
+    "wide": "--num-layers 2 --hidden-size 128 --num-attention-heads 8 --ffn-hidden-size 256 --bf16",
+}
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-layer-freq 2"
+RECOMPUTE = {
+    "none": "",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "selective": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
+    "residual": "--recompute-granularity selective --recompute-modules residual",
+}
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp4-sp": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+    "tp2-dp2": (4, "--tensor-model-parallel-size 2"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-tp2": (4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2"),
+}
+EXPERT_LAYOUTS = {
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "ep2-etp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"),
+    "pp2-ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
+}
+
+
+def config_of(*parts: str) -> TrainConfig:
+    return parse(" ".join((RUN, *parts)).split()).config
+
+
+@pytest.mark.parametrize("experts", ["", EXPERTS], ids=["dense", "moe"])
+@pytest.mark.parametrize("method", list(RESIDUALS))
+def test_parameters(method: str, experts: str) -> None:
+    """The whole model's are those of the real one; the ranks' parts make up the whole at every layout."""
+    base = (SIZES["small"], f"--residual-connection {method}", experts)
+    config = config_of(*base)
+    model = build_model(config, VOCAB, Mesh())
+    materialize(model, placements(model, Mesh()), 1, Mesh(), torch.float32)
+    padding = (padded_vocab_size(config.model, VOCAB) - VOCAB) * config.model.hidden_size
+    total = total_parameters(config, VOCAB)
+    real = sum(p.numel() for p in model.parameters())
+    assert sum(total.values()) == real - padding
+    moe = config.model.moe
+    if experts:
+        experts_only = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        assert total["experts"] == experts_only and moe.num_experts == 4
+        assert active_parameters(config, total) == real - padding - experts_only // 2
+    for name, (world_size, flags) in (EXPERT_LAYOUTS if experts else LAYOUTS).items():
+        held = _held(config_of(*base, flags), world_size)
+        expected = {n: p.numel() for n, p in model.named_parameters() if n != "embedding.weight"}
+        assert {n: c for n, c in held.items() if n != "embedding.weight"} == expected, name
+
+
+def _held(config: TrainConfig, world_size: int) -> dict[str, float]:
+    """Parameter -> elements that all ranks hold, each counted once whatever the number of its holders."""
+    dp = config.parallel.data_parallel_size(world_size)
+    found: Counter[str] = Counter()
+    for index in range(world_size):
+        rank = PaperRank(config, world_size, index, VOCAB)
+        block = rank.mesh.experts.ranks * rank.mesh.experts.parts
+        experts_dp = world_size // config.parallel.pipeline_model_parallel_size // block
+        for name, parameter, placement in rank.parameters():
+            row = parameter.numel() / parameter.shape[placement.dim]
+            copies = experts_dp if placement.is_expert else dp
+            found[name] += sum(piece.length * row / piece.holders for piece in placement.pieces) / copies  # type: ignore[assignment]
+    return {name: round(count, 6) for name, count in found.items()}
+
+
+class Kept:
+    """Storages that wait for the backward pass: saved by autograd, or held by recomputed regions as their inputs."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.sizes: dict[int, int] = {}
+        self.tensors: list[Tensor] = []  # so that no address is used twice
+        self.not_activations = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.not_activations:
+            self.tensors.append(tensor)
+            self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+@pytest.fixture
+def kept_inputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kept]]:
+    """What recomputed regions keep as their inputs is not seen by autograd's hooks."""
+    counting: list[Kept] = []
+    checkpoint, leaf = recompute.checkpoint, recompute_reads._leaf
+
+    def noted(function, *arguments, **options):  # type: ignore[no-untyped-def]
+        for tensor in torch.utils._pytree.tree_leaves(arguments):
+            if isinstance(tensor, Tensor) and counting:
+                counting[0].note(tensor)
+        return checkpoint(function, *arguments, **options)
+
+    monkeypatch.setattr(recompute, "checkpoint", noted)
+    monkeypatch.setattr(recompute_reads, "_leaf", lambda t: counting[0].note(leaf(t)) if counting else leaf(t))
+    yield counting
+
+
+METHODS = ("plain", "hyper", "frac", "mhc", "attention")
+
+
+@pytest.mark.parametrize("recomputed", list(RECOMPUTE))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", list(SIZES))
+def test_activations(size: str, method: str, recomputed: str, kept_inputs: list[Kept]) -> None:
+    """Within 5 % of what a real forward pass keeps."""
+    config = config_of(SIZES[size], f"--residual-connection {method}", RECOMPUTE[recomputed])
+    rank = PaperRank(config, 1, 0, VOCAB, device="cpu")
+    estimated = trace(rank, 0).held_bytes
+    kept = _really_kept(config, kept_inputs)
+    assert abs(estimated - kept) <= 0.05 * kept, f"{estimated} bytes on paper, {kept} kept"
+
+
+def _really_kept(config: TrainConfig, counting: list[Kept]) -> int:
+    model = build_model(config, VOCAB, Mesh())
+    materialize(model, placements(model, Mesh()), 1, Mesh(), compute_dtype(config))
+    cast_parameters(model, compute_dtype(config))
+    stage = Stage(model, 0, config.parallel.pipeline_layout(config.model.num_layers), config, Mesh())
+    shape = (config.training.micro_batch_size, config.model.seq_length)
+    tokens = torch.randint(0, VOCAB, shape)
+    kept = Kept(model)
+    counting.append(kept)
+    with saved_tensors_hooks(kept.note, lambda tensor: tensor):
+        (loss,) = stage.forward(MicroBatch(tokens, tokens, torch.rand(shape)), [])
+    assert loss.requires_grad
+    return kept.bytes
