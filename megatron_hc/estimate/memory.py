@@ -108,8 +108,8 @@ def state_bytes(rank: PaperRank) -> StateBytes:
             continue
         found.weights += sizes.elements * sizes.width
         found.gradients += sizes.elements * sizes.wide
-        if sizes.sharding.shards > 1:
-            found.gradients += sizes.largest * sizes.wide
+        if sizes.sharding.group is not None or sizes.sharding.replicas is not None:
+            found.gradients += sizes.largest * sizes.wide  # the sums over ranks have memory of their own
         apart = 0 if not is_mixed else sizes.own * sizes.wide
         found.optimizer += 0 if parallel.optimizer_cpu_offload else apart + 2 * sizes.own * sizes.wide
     # A layer at work, the next one on its way, and gradients of one.

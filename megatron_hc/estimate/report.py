@@ -111,7 +111,8 @@ def search_text(results: Sequence[Result]) -> str:
     for choice, found, reason in results:
         lines.append(
             f"{choice.tp:4d} {choice.pp:4d} {choice.virtual:4d} {choice.ep:4d} {choice.micro_batch:6d}  "
-            f"{choice.recompute:9s} {found.step_seconds:11.3f} {found.mfu:6.1%} {found.peak_bytes / 1e9:12.1f}   {reason}"
+            f"{choice.recompute:9s} {found.step_seconds:11.3f} {found.mfu:6.1%} "
+            f"{found.peak_bytes / 1e9:12.1f}   {reason}".rstrip()
         )
     return "\n".join(lines)
 

@@ -1,0 +1,121 @@
+"""tools/estimate.py: what it prints, what it refuses; the search; the roofline where it can be done by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hc.cli import parse
+from megatron_hc.estimate.estimate import estimate
+from megatron_hc.estimate.hardware import HARDWARE
+from megatron_hc.estimate.report import launch_command
+from megatron_hc.estimate.search import changed, choices, search
+from megatron_hc.estimate.simulate import simulate
+from megatron_hc.estimate.trace import Pass, StageTrace
+from megatron_hc.pipeline_layout import PipelineLayout, bounds_of, even_split
+
+ROOT = Path(__file__).parents[3]
+MODEL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --position-embedding-type rope "
+    "--normalization RMSNorm --swiglu --disable-bias-linear --bf16 --micro-batch-size 1 --global-batch-size 8 "
+    "--train-iters 10 --lr 1e-4 --mock-data --tokenizer-type NullTokenizer --vocab-size 127"
+)
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["tools/estimate.py", *MODEL.split(), *words])
+    runpy.run_path(str(ROOT / "tools/estimate.py"), run_name="__main__")
+
+
+def test_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    numbers, picture = tmp_path / "estimate.json", tmp_path / "estimate.png"
+    words = ("--num-gpus", "2", "--tokens", "1e9", "--price-per-gpu-hour", "2", "--json", str(numbers))
+    run_tool(monkeypatch, *words, "--output", str(picture), "--pipeline-model-parallel-size", "2")
+    found = json.loads(numbers.read_text())
+    assert next(iter(found)) == "total_parameters"
+    assert found["total_parameters"] == sum(found["parameters"].values())
+    assert len(found["ranks"]) == 2 and found["days"] > 0 and found["cost"] == pytest.approx(found["days"] * 24 * 2 * 2)
+    assert sum(found["seconds"].values()) == pytest.approx(found["step_seconds"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"parameters: {found['total_parameters']:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--num-gpus", "0"), "--num-gpus must be positive, not 0"),
+        (("--num-gpus", "3", "--tensor-model-parallel-size", "2"), "must divide the number of processes (3)"),
+        (("--num-gpus", "8", "--tensor-model-parallel-size", "8"), "num-attention-heads (4)"),
+        (("--memory-gb", "-1"), "--memory-gb must be positive, not -1"),
+        (("--matmul-efficiency", "2"), "--matmul-efficiency is a share of at most 1"),
+        (("--price-per-gpu-hour", "2"), "--price-per-gpu-hour needs --tokens"),
+        (("--hiden-size", "2"), "--hidden-size"),
+        (("--num-gpus", "3", "--search", "--global-batch-size", "8"), "no layout of 3 GPUs can train this"),
+    ],
+)
+def test_refusals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_tool(monkeypatch, *words)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_search() -> None:
+    """The first layout is the fastest that fits, each other one has a reason, and the command gives the same run."""
+    config = parse(MODEL.split()).config
+    hardware = HARDWARE["h100"]
+    results = search(config, hardware, 4, 128, count=4)
+    times = [result.estimate.step_seconds for result in results]
+    assert times == sorted(times) and all(result.estimate.fits for result in results)
+    assert not results[0].reason and all(result.reason for result in results[1:])
+    best = results[0].estimate.config
+    command = launch_command(best, 4, 8)
+    again = parse(command.split("pretrain_gpt.py ")[1].split()).config
+    assert dataclasses.replace(again.parallel, device="cpu") == dataclasses.replace(best.parallel, device="cpu")
+    assert again.training == best.training and again.model == best.model
+
+
+def test_search_against_every_layout() -> None:
+    """What small models predict of a layout is what its own estimate says."""
+    config = parse(MODEL.split()).config
+    hardware = HARDWARE["h100"].with_changes(memory_gb=0.0085, reserved_gb=0.0)
+    found = {}
+    for choice in choices(config, hardware, 2):
+        candidate = changed(config, choice)
+        try:
+            candidate.validate(2)
+        except ValueError:
+            continue
+        result = estimate(candidate, hardware, 2, 128)
+        found[choice] = (not result.fits, result.step_seconds)
+    best = search(config, hardware, 2, 128, count=1)[0]
+    assert (not best.estimate.fits, best.estimate.step_seconds) == pytest.approx(min(found.values()))
+    assert any(not fits for fits, _ in found.values()) and any(fits for fits, _ in found.values())
+
+
+def test_one_forward_one_backward_by_hand() -> None:
+    """4 processes, 8 micro-batches, passes of 1 and 2: (p - 1 + m) * 3, and p - r micro-batches under way."""
+    layout = PipelineLayout(4, "1f1b", bounds_of(even_split(8, 4)))
+    traces = [StageTrace(10, Pass(peak_bytes=12), Pass(peak_bytes=3)) for _ in range(4)]
+    played = simulate(layout, 8, lambda kind, stage: 1.0 if kind == "forward" else 2.0, [0.0] * 4, traces)
+    assert played.seconds == 33 and played.bubble == pytest.approx(3 / 11)
+    assert played.peak_micro_batches == [4, 3, 2, 1]
+    assert played.peak_bytes == [43, 33, 23, 13]
+
+
+def test_many_micro_batches_go_on_as_they_began() -> None:
+    """The middle of a long step is not played, and gives the same."""
+    layout = PipelineLayout(4, "1f1b", bounds_of(even_split(8, 4)))
+    traces = [StageTrace(10, Pass(), Pass()) for _ in range(4)]
+    times = [1.0, 1.3, 0.7, 1.1]
+    played = simulate(layout, 400, lambda kind, stage: times[stage] * (1 + (kind != "forward")), [0.1] * 4, traces)
+    # The slowest stage decides; the others add the filling and draining of the pipeline once.
+    assert played.busy == pytest.approx([400 * 3 * time for time in times])
+    assert 400 * 3 * 1.3 < played.seconds < 400 * 3 * 1.3 + 3 * sum(times) + 2
