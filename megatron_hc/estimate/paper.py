@@ -179,6 +179,7 @@ class PaperAllToAll(AllToAllMoE):
             blocks=blocks,
             received=received,
             order=rows.pairs.new_empty(total),
+            inverse=rows.pairs.new_empty(total),
             counts=rows.counts[: self.num_local],
             parts=parts,
             group=self.group,

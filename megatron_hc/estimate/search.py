@@ -70,7 +70,7 @@ def search(config: TrainConfig, hardware: Hardware, world_size: int, vocab_size:
 
 def _order(found: Estimate) -> tuple[bool, float, int]:
     """The fastest that fits first, of equally fast ones the one that needs less memory."""
-    return not found.fits, round(found.step_seconds, 6), found.peak_bytes
+    return not found.fits, float(f"{found.step_seconds:.4g}"), found.peak_bytes
 
 
 def choices(config: TrainConfig, hardware: Hardware, world_size: int) -> Iterator[Choice]:
