@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_hc.config import ParallelConfig, TrainConfig
 from megatron_hc.estimate.estimate import Estimate, estimate, put_together
@@ -96,15 +96,16 @@ def changed(config: TrainConfig, choice: Choice) -> TrainConfig:
     """The run with this layout."""
     has_experts = config.model.moe.num_experts is not None
     branch = "moe" if has_experts else "mlp"
-    recompute = {
+    ways: dict[str, dict[str, Any]] = {
         "none": {"recompute_granularity": None},
         "selective": {
             "recompute_granularity": "selective",
             "recompute_modules": ("residual", "layernorm", branch),
         },
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[choice.recompute]
-    layout = {
+    }
+    recompute = ways[choice.recompute]
+    layout: dict[str, Any] = {
         "tensor_model_parallel_size": choice.tp,
         "sequence_parallel": choice.tp > 1,
         "pipeline_model_parallel_size": choice.pp,
@@ -115,11 +116,11 @@ def changed(config: TrainConfig, choice: Choice) -> TrainConfig:
         "overlap_grad_reduce": True,
         "overlap_param_gather": True,
     }
-    cleared = {
+    cleared: dict[str, Any] = {
         name: getattr(ParallelConfig(), name)
         for name in ("recompute_method", "recompute_num_layers", "pipeline_schedule", "recompute_modules")
     }
-    parallel = dataclasses.replace(config.parallel, **(cleared | layout | recompute))  # type: ignore[arg-type]
+    parallel = dataclasses.replace(config.parallel, **(cleared | layout | recompute))
     training = dataclasses.replace(config.training, micro_batch_size=choice.micro_batch)
     return dataclasses.replace(config, parallel=parallel, training=training)
 

@@ -86,7 +86,7 @@ def _play(
                 free[rank] = max(free[rank], ready) + time
                 busy[rank] += time
                 kind = "backward_input" if action.kind == "backward" else action.kind
-                ends[action._replace(kind=kind)] = free[rank]  # type: ignore[arg-type]
+                ends[action._replace(kind=kind)] = free[rank]
                 position[rank] += 1
                 moved = True
         assert moved, f"the schedule {layout.schedule} waits for itself"
