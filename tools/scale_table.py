@@ -111,7 +111,7 @@ def tables(models: list[str], methods: list[str], hardware: str) -> Iterator[str
         for layout in LAYOUTS[model]:
             num_layers = int(MODELS[model].split()[1])
             yield f"\n### {model}, {layout.gpus:,} GPUs ({layout}, {layout.batch:,} sequences per step)\n"
-            yield "| method | GB per GPU | of it activations | GB sent to stages | step (s) | over plain | residual | MFU |"
+            yield "| method | GB per GPU | activations | GB to stages | step (s) | over plain | residual | MFU |"
             yield "|---|---|---|---|---|---|---|---|"
             plain = None
             for method in methods:
