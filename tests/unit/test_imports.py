@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "state",
         "stored",
     },  # fmt: skip
+    "estimate": {"config", "kernels", "log", "mesh", "model", "parallel", "pipeline_layout", "residual"},
     "evaluation": {"config", "data", "inference", "mesh", "model", "parallel"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {
