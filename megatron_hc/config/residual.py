@@ -87,7 +87,7 @@ class ResidualConfig:
     """Initial alpha, the scale of the token-dependent part of the weights of mhc, mhc-lite and kromhc."""
     layerscale_init: float | None = None
     """Initial value of LayerScale's weights (default: 0.1 up to 18 layers, 1e-5 up to 24, 1e-6 beyond)."""
-    laurel_form: LaurelForm = "rw-lr"
+    laurel_form: LaurelForm = "lr"
     """Parts of LAuReL: rw weighs output and stream, lr adds a low-rank map of the stream, pa adds earlier streams."""
     laurel_rank: int = 4
     """Rank of the matrices of LAuReL's lr."""

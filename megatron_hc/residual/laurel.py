@@ -21,7 +21,8 @@ class Laurel(Residual):
     rw: (a, b) = softmax of two learned numbers; otherwise a = b = 1. lr: h_j(x) = B_j A_j x, A_j [r, C] and B_j [C, r];
     otherwise h_j(x) = x. pa: the sum as printed, g learned; with lr alone it is h_0, g_0 = 1; with rw alone it is gone.
     k counts sublayers. Initial values: A[i, c] = 1 / sqrt(r C) where c mod r = i, else 0; B = 0; g = 0, with lr 1; both
-    numbers of rw 0, so a = b = 1/2: claims nothing with rw; without rw equals pre-norm exactly.
+    numbers of rw 0, so a = b = 1/2: claims nothing with rw; without rw equals pre-norm exactly. (The paper leaves rw's
+    start open. Halves make the stream forget by 2 per sublayer, which costs much at the beginning of training.)
 
     Boundary into layer l: the stream, with pa also the min(--laurel-previous - 1, 2 l) states before it that later
     sublayers read, [S, B, 1, C] each. Parameters per sublayer: rw 2, pa J, lr 2 r C, with pa J times as many. FLOPs per

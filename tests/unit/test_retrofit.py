@@ -86,7 +86,7 @@ REFUSED = {
     "megatron": ("--residual-connection mhc --mhc-convention megatron", "use paper"),
     "orthogonal": ("--residual-connection orthogonal", "at any weights"),
     "deep-delta": ("--residual-connection deep-delta", "at any weights"),
-    "laurel-rw": ("--residual-connection laurel", "use lr, pa or lr-pa"),
+    "laurel-rw": ("--residual-connection laurel --laurel-form rw-lr", "use lr, pa or lr-pa"),
     "virtual-width": ("--residual-connection virtual-width", "use --no-virtual-width-projections"),
     "half": ("--value-residual half", "use learnable or dense"),
     "half-start": ("--value-residual learnable --value-residual-first-weight 0.5", "must start with"),

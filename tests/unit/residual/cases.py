@@ -110,7 +110,7 @@ FORMS: dict[str, list[tuple[str, Claim, dict[str, Any], dict[str, Any]]]] = {
     "rezero": [("", "nothing", {}, {})],
     "layerscale": [("", "nothing", {}, {})],
     "laurel": [  # its other forms are in test_single.py
-        ("rw-lr", "nothing", {}, {}),
+        ("rw-lr", "nothing", {"laurel_form": "rw-lr"}, {}),
         ("pa", "exact", {"laurel_form": "pa"}, {}),
         ("rw-lr-pa-2", "nothing", {"laurel_form": "rw-lr-pa", "laurel_previous": 2}, {}),
     ],

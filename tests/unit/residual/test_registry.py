@@ -363,7 +363,7 @@ OLMO_1B = {"num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_
         ),
         ({"residual_connection": "rezero"}, OLMO_1B, 32),
         ({"residual_connection": "layerscale"}, OLMO_1B, 32 * 2048),
-        ({"residual_connection": "laurel"}, OLMO_1B, 32 * (2 + 2 * 4 * 2048)),
+        ({"residual_connection": "laurel"}, OLMO_1B, 32 * 2 * 4 * 2048),
         ({"residual_connection": "laurel", "laurel_form": "pa"}, OLMO_1B, 1 + 2 + 30 * 3),
         ({"residual_connection": "laurel", "laurel_form": "lr-pa"}, OLMO_1B, (1 + 2 + 30 * 3) * (1 + 2 * 4 * 2048)),
         ({"residual_connection": "orthogonal"}, OLMO_1B, 0),

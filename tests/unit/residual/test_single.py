@@ -126,7 +126,7 @@ def test_laurel_hands_on_what_later_sublayers_read() -> None:
             r"--laurel-rank \(17\) must be at most --hidden-size",
         ),
         ({"residual_connection": "laurel", "laurel_form": "pa", "laurel_rank": 2}, {}, "needs a --laurel-form with lr"),
-        ({"residual_connection": "laurel", "laurel_previous": 2}, {}, "needs a --laurel-form with pa, not rw-lr"),
+        ({"residual_connection": "laurel", "laurel_previous": 2}, {}, "needs a --laurel-form with pa, not lr"),
         (
             {"residual_connection": "laurel", "laurel_form": "pa", "laurel_previous": 0},
             {},
