@@ -88,7 +88,9 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     """Dropout of embeddings and sublayer outputs (Megatron-LM's default is 0.1)."""
     fused_residual: bool = True
-    """Write, mixing weights and read of hyper-connections as one operation (float64 and compiled code: never)."""
+    """Write, mixing weights, read and norm of hyper-connections as one operation (float64: never)."""
+    fused_residual_backend: Literal["auto", "torch", "cpp", "triton"] = "auto"
+    """What --fused-residual runs on: auto takes triton on CUDA and torch on a CPU; cpp is built at its first use."""
     fp32_residual_connection: bool = False
     """Keep the residual streams in fp32 under --bf16."""
     attention_softmax_in_fp32: bool = False

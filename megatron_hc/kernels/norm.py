@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class NormParts(NamedTuple):
+    """A norm as numbers, for an operation that does it with something else."""
+
+    kind: str
+    """RMSNorm or LayerNorm."""
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
 
 
 def promote(dtype: torch.dtype) -> torch.dtype:

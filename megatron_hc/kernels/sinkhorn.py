@@ -60,20 +60,28 @@ class _Sinkhorn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_result: Tensor):  # type: ignore[no-untyped-def]
         (logits,) = ctx.saved_tensors
-        matrix, sums = _iterates(logits, ctx.iterations, ctx.rows_first, ctx.min_sum)
-        grad = _tokens_last(grad_result)
-        first, second = (1, 0) if ctx.rows_first else (0, 1)
-        for step in reversed(range(len(sums))):
-            total, dim = sums[step], first if step % 2 == 0 else second
-            # matrix = previous / total: the sum's own gradient vanishes where min_sum stands in for it.
-            through_sum = (grad * matrix).sum(dim, keepdim=True)
-            if ctx.min_sum:
-                through_sum = through_sum * (total > ctx.min_sum)
-            grad = (grad - through_sum) / total
-            matrix = matrix * total
-        shifted = _shifted(logits, ctx.rows_first)
-        grad = grad * matrix * (shifted > _floor(logits.dtype))
-        return _tokens_first(grad, logits.shape), None, None, None
+        grad = sinkhorn_gradient(logits, grad_result, ctx.iterations, ctx.rows_first, ctx.min_sum)
+        return grad, None, None, None
+
+
+def sinkhorn_gradient(
+    logits: Tensor, grad_result: Tensor, iterations: int, rows_first: bool = False, min_sum: float = 0.0
+) -> Tensor:
+    """From the gradient of ``sinkhorn``'s result to that of the logits, both [..., n, n]."""
+    matrix, sums = _iterates(logits, iterations, rows_first, min_sum)
+    grad = _tokens_last(grad_result)
+    first, second = (1, 0) if rows_first else (0, 1)
+    for step in reversed(range(len(sums))):
+        total, dim = sums[step], first if step % 2 == 0 else second
+        # matrix = previous / total: the sum's own gradient vanishes where min_sum stands in for it.
+        through_sum = (grad * matrix).sum(dim, keepdim=True)
+        if min_sum:
+            through_sum = through_sum * (total > min_sum)
+        grad = (grad - through_sum) / total
+        matrix = matrix * total
+    shifted = _shifted(logits, rows_first)
+    grad = grad * matrix * (shifted > _floor(logits.dtype))
+    return _tokens_first(grad, logits.shape)
 
 
 def _iterates(logits: Tensor, iterations: int, rows_first: bool, min_sum: float) -> tuple[Tensor, list[Tensor]]:

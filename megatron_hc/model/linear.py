@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
-from megatron_hc.kernels.norm import cast, norm
+from megatron_hc.kernels.norm import NormParts, cast, norm
 from megatron_hc.model.initial import Initial, LinearKind, initial_of
 from megatron_hc.residual import Draw, value_parts
 
@@ -136,6 +136,10 @@ class NormLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return norm(x, self.kind, self.weight, self.bias, self.eps)
+
+    def parts(self) -> NormParts | None:
+        """What ``forward`` computes, for an operation that takes the norm up; None for an RMSNorm with a bias."""
+        return None if self.kind == "RMSNorm" and self.bias is not None else NormParts(self.kind, self.weight, self.bias, self.eps)
 
     def initial(self, name: str, draw: Draw) -> Tensor:
         return torch.ones_like(self.weight, device="cpu") if name == "weight" else torch.zeros(self.weight.shape[0])

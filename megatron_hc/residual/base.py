@@ -31,8 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
-from megatron_hc.kernels.boundary import Form, boundary, fold
-from megatron_hc.kernels.norm import promote
+from megatron_hc.kernels import boundary as fused_kernel
+from megatron_hc.kernels import boundary_listed
+from megatron_hc.kernels.coefficients import Form
+from megatron_hc.kernels.norm import NormParts, promote
 
 Draw = Callable[[str, tuple[int, ...], float], Tensor]
 """(logical part, shape, standard deviation) -> fp32 normal numbers that depend on the seed and the name only."""
@@ -204,7 +206,7 @@ class FusedMix(NamedTuple):
     projection: Tensor | None
     """[K, D], joint [K, N D]: in at least fp32, the norm's weight taken up; None: static weights."""
     parameters: tuple[Tensor, ...]
-    """What ``form.coefficients`` takes besides the logits."""
+    """What ``kernels.coefficients`` takes besides the logits."""
 
 
 class LinearMix(Residual):
@@ -239,9 +241,17 @@ class LinearMix(Residual):
         if mix.keep is None:
             dtype = mix.write.dtype
             return (mix.write.transpose(-1, -2) @ parts.to(dtype) + stream.to(dtype)).to(stream.dtype)
+        if not self.is_fused(stream):
+            wide = stream.to(mix.keep.dtype)
+            return (mix.keep.transpose(-1, -2) @ wide + mix.write.transpose(-1, -2) @ parts.to(wide.dtype)).to(
+                stream.dtype
+            )
         # The fused boundary's own sum: a carry settled between pipeline stages holds the same numbers.
-        new = fold(*(t.flatten(0, 1) for t in (stream, parts, mix.write, mix.keep)))
-        return new.unflatten(0, tokens)
+        flat = stream.flatten(0, 1), parts.flatten(0, 1), mix.write.flatten(0, 1), mix.keep.flatten(0, 1)
+        if is_listed(stream):
+            return boundary_listed.fold(*flat).unflatten(0, tokens)
+        backend = self.site.config.fused_residual_backend
+        return fused_kernel.fold(*flat, backend).unflatten(0, tokens)
 
     def mixed(self, carry: Carry) -> tuple[Tensor | Reads, Carry]:
         if self.site.is_final:
@@ -254,34 +264,36 @@ class LinearMix(Residual):
         return None
 
     def read(self, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
-        fused = self.fused() if self.can_fuse(carry) else None
+        fused = self.fused() if self.site.is_sublayer and self.is_fused(carry.stream) else None
         if fused is None:
             return super().read(carry, norm)
         assert not norm.replaces_stream, "refused with n streams"
-        D = carry.stream.shape[-1]
+        tokens, D = carry.stream.shape[:2], carry.stream.shape[-1]
         written: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if carry.pending is not None:
             output, mix = carry.pending
             assert mix is not None and mix.keep is not None
             written = (output.unflatten(-1, (-1, D)).flatten(0, 1), mix.write.flatten(0, 1), mix.keep.flatten(0, 1))
-        stream, x, write, keep = boundary(
-            fused.form, carry.stream.flatten(0, 1), *written, fused.projection, *fused.parameters
+        form, of_norm = fused.form, norm_parts(norm.module)
+        weight = bias = None
+        if of_norm is not None:
+            wide = promote(carry.stream.dtype)
+            weight, bias = of_norm.weight.to(wide), None if of_norm.bias is None else of_norm.bias.to(wide)
+            form = form._replace(norm=of_norm.kind, norm_eps=of_norm.eps)
+        form = form._replace(backend=self.site.config.fused_residual_backend)
+        run = boundary_listed.boundary if is_listed(carry.stream) else fused_kernel.boundary
+        stream, x, write, keep = run(
+            form, carry.stream.flatten(0, 1), *written, fused.projection, weight, bias, fused.parameters
         )
-        tokens = carry.stream.shape[:2]
         # The read is done: of the weights only those of the write go on.
         mix = Mix(read=None, write=write.unflatten(0, tokens), keep=keep.unflatten(0, tokens))
         carry = carry._replace(stream=stream.unflatten(0, tokens), pending=None, mix=mix)
         x = x.unflatten(0, tokens)
-        return x if norm.module is None else norm.module(x), carry
+        return x if norm.module is None or of_norm is not None else norm.module(x), carry
 
-    def can_fuse(self, carry: Carry) -> bool:
-        """Whether a read goes through the fused boundary: float64 and compiled code stay plain."""
-        return (
-            self.site.config.fused_residual
-            and self.site.is_sublayer
-            and carry.stream.dtype != torch.float64
-            and not torch.compiler.is_compiling()
-        )
+    def is_fused(self, stream: Tensor) -> bool:
+        """Whether reads and writes go through the fused boundary; float64 takes the plain form."""
+        return self.site.config.fused_residual and stream.dtype != torch.float64
 
     def combine(self, stream: Tensor, mix: Mix) -> Tensor:
         """Streams [S, B, N, D] -> sublayer input [S, B, C]; accumulated in the weights' dtype, rounded once."""
@@ -295,6 +307,17 @@ class LinearMix(Residual):
         if self.site.config.residual.residual_readout == "mean":
             total = total / stream.shape[2]
         return total.to(stream.dtype)
+
+
+def is_listed(stream: Tensor) -> bool:
+    """Whether this is code that a compiler joins by itself: on a GPU it calls the fused operation."""
+    return torch.compiler.is_compiling() and stream.device.type == "cpu"
+
+
+def norm_parts(module: nn.Module | None) -> NormParts | None:
+    """A norm that the boundary can do itself."""
+    parts = getattr(module, "parts", None)
+    return None if parts is None else parts()
 
 
 def flatten(carry: Carry) -> tuple[Tensor, ...]:

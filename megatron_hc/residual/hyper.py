@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_hc.kernels.boundary import Form
+from megatron_hc.kernels.coefficients import Form, coefficients
 from megatron_hc.kernels.norm import norm, promote
 from megatron_hc.residual.base import Carry, Draw, FusedMix, LinearMix, Mix, Site
 
@@ -65,39 +65,28 @@ class _StaticDynamicMix(LinearMix):
             config = self.site.config
             normed = norm(stream.to(dtype), config.normalization, self.norm_weight, None, config.norm_epsilon)
             logits = nn.functional.linear(normed, self.dynamic_weight.to(dtype)).flatten(0, 1)
-        mix = self.coefficients(logits, *(t.to(dtype) for t in self.mix_parameters()))
+        mix = coefficients(self.form(), logits, self.mix_parameters(dtype))
         read, write, keep = (t.expand(S * B, -1, -1).unflatten(0, (S, B)) for t in mix)
         return Mix(read, write, keep)
 
-    def mix_parameters(self) -> tuple[Tensor, ...]:
+    def mix_parameters(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What ``coefficients`` takes."""
         static = (self.static_read, self.static_keep, self.static_write)
-        return (*static, self.scale_alpha, self.scale_beta) if self.is_dynamic else static
+        found = (*static, self.scale_alpha, self.scale_beta) if self.is_dynamic else static
+        return tuple(t.to(dtype) for t in found)
 
-    def coefficients(
-        self, logits: Tensor | None, read: Tensor, keep: Tensor, write: Tensor, *scales: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [T, N, R + N + 1] or None -> read [T, N, R], write [T, R, N], keep [T, N, N]; without logits T = 1."""
-        if logits is None:
-            return read.unsqueeze(0), self.write_matrix(write.unsqueeze(0)), keep.unsqueeze(0)
-        alpha, beta = scales
-        d_read, d_keep, d_write = torch.tanh(logits).split((self.num_reads, self.num_streams(), 1), dim=-1)
-        wide_write = self.write_matrix(beta * d_write.squeeze(-1) + write)
-        return alpha * d_read + read, wide_write, alpha * d_keep + keep
-
-    def write_matrix(self, write: Tensor) -> Tensor:
-        """One write weight per stream [T, N] -> [T, R, N]."""
-        return write.unsqueeze(-2) if self.num_reads == 1 else torch.diag_embed(write)
+    def form(self) -> Form:
+        config = self.site.config
+        is_centred = config.normalization == "LayerNorm"
+        return Form("tanh", self.num_streams(), self.num_reads, False, is_centred, config.norm_epsilon)
 
     def fused(self) -> FusedMix:
-        config = self.site.config
+        dtype = promote(self.static_read.dtype)
         projection = None
         if self.is_dynamic:
-            dtype = promote(self.dynamic_weight.dtype)
             projection = self.dynamic_weight.to(dtype)
             projection = projection if self.norm_weight is None else projection * self.norm_weight.to(dtype)
-        is_centred = config.normalization == "LayerNorm"
-        form = Form(self.coefficients, self.num_reads, False, is_centred, config.norm_epsilon)
-        return FusedMix(form, projection, self.mix_parameters())
+        return FusedMix(self.form(), projection, self.mix_parameters(dtype))
 
 
 class HyperConnection(_StaticDynamicMix):

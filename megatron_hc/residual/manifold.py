@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_hc.kernels.boundary import Form
+from megatron_hc.kernels.coefficients import Form, doubly_stochastic
 from megatron_hc.kernels.norm import promote
 from megatron_hc.kernels.sinkhorn import sinkhorn
 from megatron_hc.residual.base import Carry, Draw, FusedMix, LinearMix, Mix, Reads, Site, TensorSpec
@@ -34,10 +34,12 @@ class _ManifoldMix(LinearMix):
     one number per kind (pre, post, res). ``--static-residual`` leaves h = b.
     """
 
-    def __init__(self, site: Site, num_matrix_logits: int) -> None:
+    def __init__(self, site: Site, kind: str, num_matrix_logits: int) -> None:
+        """``kind``: how the matrix is made, a name of ``kernels.coefficients``."""
         super().__init__(site)
         config, n = site.config.residual, self.num_streams()
-        self.sizes = (n, n, num_matrix_logits)
+        self.kind, self.sizes = kind, (n, n, num_matrix_logits)
+        self.iterations = 0
         self.is_dynamic = not config.static_residual
         if not site.is_sublayer:
             return
@@ -48,7 +50,8 @@ class _ManifoldMix(LinearMix):
 
     def matrix(self, logits: Tensor) -> Tensor:
         """Logits [S, B, M] -> H_res [S, B, new, old]."""
-        raise NotImplementedError
+        matrices = doubly_stochastic(self.kind, logits.flatten(0, 1), self.num_streams(), self.iterations)
+        return matrices.unflatten(0, logits.shape[:2])
 
     def initial_bias(self) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of H_pre [n], H_post [n] and H_res [M] at the start."""
@@ -74,26 +77,16 @@ class _ManifoldMix(LinearMix):
         read, write = torch.sigmoid(pre).unsqueeze(-1), 2 * torch.sigmoid(post).unsqueeze(-2)
         return read, write, self.matrix(res).transpose(-1, -2)
 
-    def coefficients(self, logits: Tensor | None, bias: Tensor, *alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``mix`` of normed logits [T, 1, K], or of the bias alone, as the fused boundary asks for it."""
-        h = bias.unsqueeze(0)
-        if logits is not None:
-            h = logits.squeeze(1) * self.scales(alpha[0], bias.dtype) + bias
-        # ``matrix`` expects two token dims.
-        pre, post, res = h.unsqueeze(1).split(self.sizes, dim=-1)
-        read, write, keep = (t.squeeze(1) for t in self.mix(pre, post, res))
-        return read, write, keep
-
     def scales(self, alpha: Tensor, dtype: torch.dtype) -> Tensor:
         """alpha [3] -> one number per logit, [K]."""
         return torch.cat([a.expand(size) for a, size in zip(alpha.split(1), self.sizes, strict=True)]).to(dtype)
 
     def fused(self) -> FusedMix | None:
-        eps = self.site.config.norm_epsilon
-        form = Form(self.coefficients, num_reads=1, is_joint=True, is_centred=False, eps=eps)
+        n, eps, dtype = self.num_streams(), self.site.config.norm_epsilon, promote(self.bias.dtype)
+        form = Form(self.kind, n, 1, is_joint=True, is_centred=False, eps=eps, iterations=self.iterations)
         if not self.is_dynamic:
-            return FusedMix(form, None, (self.bias,))
-        return FusedMix(form, self.projection.to(promote(self.projection.dtype)), (self.bias, self.alpha))
+            return FusedMix(form, None, (self.bias.to(dtype),))
+        return FusedMix(form, self.projection.to(dtype), (self.bias.to(dtype), self.alpha.to(dtype)))
 
     def logits(self, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Stream [S, B, n, C] -> h [S, B, K] in at least fp32, cut by kind."""
@@ -140,16 +133,16 @@ class ManifoldConnection(_ManifoldMix):
 
     def __init__(self, site: Site) -> None:
         config = site.config.residual
-        super().__init__(site, num_matrix_logits=config.residual_streams**2)
+        super().__init__(site, "sinkhorn", num_matrix_logits=config.residual_streams**2)
         self.is_megatron = config.mhc_convention == "megatron"
         self.is_single_pass = config.mhc_single_pass
         self.iterations = config.mhc_sinkhorn_iterations
 
     def matrix(self, logits: Tensor) -> Tensor:
+        if not self.is_megatron:
+            return super().matrix(logits)
         square = logits.unflatten(-1, (self.num_streams(), -1))
-        if self.is_megatron:
-            return sinkhorn(square, self.iterations, rows_first=True, min_sum=1e-6)
-        return sinkhorn(square, self.iterations)
+        return sinkhorn(square, self.iterations, rows_first=True, min_sum=1e-6)
 
     def fused(self) -> FusedMix | None:
         # Megatron-LM's epsilon stands outside the root, and the single pass reads with the weights before.
@@ -233,12 +226,7 @@ class PermutationConnection(_ExactManifoldMix):
     """
 
     def __init__(self, site: Site) -> None:
-        super().__init__(site, num_matrix_logits=math.factorial(site.config.residual.residual_streams))
-
-    def matrix(self, logits: Tensor) -> Tensor:
-        n = self.num_streams()
-        table = permutation_matrices(n, logits.device, logits.dtype).flatten(1)
-        return (torch.softmax(logits, dim=-1) @ table).unflatten(-1, (n, n))
+        super().__init__(site, "permutations", math.factorial(site.config.residual.residual_streams))
 
     def initial_matrix_bias(self) -> Tensor:
         logits = torch.full((self.sizes[2],), OFF)
@@ -261,34 +249,8 @@ class KroneckerConnection(_ExactManifoldMix):
 
     def __init__(self, site: Site) -> None:
         num_factors = site.config.residual.residual_streams.bit_length() - 1
-        super().__init__(site, num_matrix_logits=2 * num_factors)
+        super().__init__(site, "kronecker", 2 * num_factors)
         self.num_factors = num_factors
-
-    def matrix(self, logits: Tensor) -> Tensor:
-        pairs = torch.softmax(logits.unflatten(-1, (self.num_factors, 2)), dim=-1)
-        factors = torch.stack((pairs, pairs.flip(-1)), dim=-2)  # [S, B, m, 2, 2]
-        product = factors[:, :, 0]
-        for factor in factors.unbind(2)[1:]:
-            # [S, B, i, i', j, j'] = product[i, j] * factor[i', j']
-            product = product[:, :, :, None, :, None] * factor[:, :, None, :, None, :]
-            product = product.flatten(4, 5).flatten(2, 3)
-        return product
 
     def initial_matrix_bias(self) -> Tensor:
         return torch.tensor([0.0, OFF]).repeat(self.num_factors)
-
-
-def permutation_matrices(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """All permutations of n things as matrices [n!, n, n], in lexicographic order (the first is the identity).
-
-    Made of arithmetic on the device (the factorial digits of 0 .. n! - 1), so that a forward pass copies nothing to it.
-    """
-    number = torch.arange(math.factorial(n), device=device).unsqueeze(1)  # [n!, 1]
-    free = torch.ones(math.factorial(n), n, dtype=torch.long, device=device)
-    rows = []
-    for place in range(n):
-        digit = number // math.factorial(n - 1 - place) % (n - place)
-        row = free * (free.cumsum(1) == digit + 1)  # the digit-th column that is still free
-        free = free - row
-        rows.append(row)
-    return torch.stack(rows, dim=1).to(dtype)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_hc.kernels.coefficients import Form, coefficients
 from megatron_hc.kernels.norm import layer_norm, norm, promote
-from megatron_hc.residual.base import Carry, Draw, LinearMix, Mix, Site
+from megatron_hc.residual.base import Carry, Draw, FusedMix, LinearMix, Mix, Site
 
 
 class VirtualWidth(LinearMix):
@@ -91,17 +92,31 @@ class VirtualWidth(LinearMix):
         return Carry(stream=torch.cat([fractions] * -(-N // M), dim=2)[:, :, :N])
 
     def weights(self, stream: Tensor) -> Mix:
-        S, B, N, D = stream.shape
-        M, dtype = self.num_fractions, promote(stream.dtype)
-        read, keep, write = (t.to(dtype) for t in (self.static_read, self.static_keep, self.static_write))
-        if not self.is_dynamic:
-            return Mix(read.expand(S, B, -1, -1), write.expand(S, B, -1, -1), keep.expand(S, B, -1, -1))
-        normed = norm(stream.to(dtype), self.site.config.normalization, self.norm_weight, None, self.eps)
-        dynamic = torch.tanh(F.linear(normed, self.dynamic_weight.to(dtype)) / math.sqrt(D))
-        alpha, beta = dynamic.split((M + N, M), dim=-1)  # [S, B, N, M + N], [S, B, N, M]
-        d_read, d_keep = (self.scale_alpha.to(dtype) * alpha).split((M, N), dim=-1)
-        d_write = self.scale_beta.to(dtype) * beta.transpose(-1, -2)
-        return Mix(read=read + d_read, write=write + d_write, keep=keep + d_keep)
+        S, B, _, D = stream.shape
+        dtype, logits = promote(stream.dtype), None
+        if self.is_dynamic:
+            normed = norm(stream.to(dtype), self.site.config.normalization, self.norm_weight, None, self.eps)
+            logits = (F.linear(normed, self.dynamic_weight.to(dtype)) / math.sqrt(D)).flatten(0, 1)
+        mix = coefficients(self.form(), logits, self.mix_parameters(dtype))
+        read, write, keep = (t.expand(S * B, -1, -1).unflatten(0, (S, B)) for t in mix)
+        return Mix(read, write, keep)
+
+    def mix_parameters(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What ``coefficients`` takes."""
+        static = (self.static_read, self.static_keep, self.static_write)
+        found = (*static, self.scale_alpha, self.scale_beta) if self.is_dynamic else static
+        return tuple(t.to(dtype) for t in found)
+
+    def form(self) -> Form:
+        is_centred = self.site.config.normalization == "LayerNorm"
+        return Form("virtual", self.num_streams(), self.num_fractions, False, is_centred, self.eps)
+
+    def fused(self) -> FusedMix:
+        dtype, projection = promote(self.static_read.dtype), None
+        if self.is_dynamic:
+            projection = self.dynamic_weight.to(dtype) / math.sqrt(self.stream_width())
+            projection = projection if self.norm_weight is None else projection * self.norm_weight.to(dtype)
+        return FusedMix(self.form(), projection, self.mix_parameters(dtype))
 
     def merged(self, carry: Carry) -> Tensor:
         """The mean of each fraction's copies, joined."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
-from helpers import VOCAB, build, randomise, small_config
+from helpers import VOCAB, build, gradients, random_tokens, randomise, small_config
 from torch import Tensor
 
-from megatron_hc.kernels import boundary as kernel
-from megatron_hc.residual.base import Carry, LinearMix
+from megatron_hc.kernels import boundary_blocks
+from megatron_hc.residual.base import LinearMix
 
 FORMS = [
     {"residual_connection": "hyper"},
@@ -21,6 +25,8 @@ FORMS = [
     {"residual_connection": "mhc", "residual_streams": 2, "static_residual": True},
     {"residual_connection": "mhc-lite", "residual_streams": 3},
     {"residual_connection": "kromhc"},
+    {"residual_connection": "virtual-width", "residual_streams": 3},
+    {"residual_connection": "virtual-width", "residual_streams": 4, "static_residual": True},
 ]
 
 
@@ -28,25 +34,33 @@ def ids(form: dict) -> str:
     return "-".join(str(value) for value in form.values())
 
 
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """Names of the fused operations that run inside."""
+    names: list[str] = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.namespace == "megatron_hc":
+                names.append(func.__name__.split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        yield names
+
+
 def run(form: dict, precision: str, norm: str, monkeypatch: pytest.MonkeyPatch, fused: bool) -> tuple[Tensor, dict]:
     """Hidden states, and every parameter's gradient. The number of fused reads is asserted: nothing falls back."""
-    count = 0
-    original = LinearMix.can_fuse
-
-    def can_fuse(self: LinearMix, carry: Carry) -> bool:
-        nonlocal count
-        wanted = fused and self.site.is_sublayer
-        count += wanted
-        return wanted
-
-    monkeypatch.setattr(LinearMix, "can_fuse", can_fuse)
+    monkeypatch.setattr(LinearMix, "is_fused", lambda self, stream: fused)
     config = small_config(form, normalization=norm)
     model = randomise(build(config, precision))
     tokens = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
-    hidden = model(tokens)
-    model.output.loss(hidden, tokens, torch.full((3, 8), 1 / 24)).backward()
-    monkeypatch.setattr(LinearMix, "can_fuse", original)
-    assert count == (2 * config.num_layers if fused else 0)
+    with counted() as names:
+        hidden = model(tokens)
+        model.output.loss(hidden, tokens, torch.full((3, 8), 1 / 24)).backward()
+    expected = 2 * config.num_layers if fused else 0
+    assert names.count("boundary") == names.count("boundary_backward") == expected
+    assert names.count("fold") == names.count("fold_backward") == fused
     return hidden, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -54,7 +68,7 @@ def run(form: dict, precision: str, norm: str, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("form", FORMS, ids=ids)
 def test_equals_the_plain_form(form: dict, norm: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(boundary_blocks, "BLOCK_ELEMENTS", block)
     expected, expected_grads = run(form, "fp64", norm, monkeypatch, fused=False)
     hidden, grads = run(form, "fp64", norm, monkeypatch, fused=True)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
@@ -63,14 +77,33 @@ def test_equals_the_plain_form(form: dict, norm: str, block: int, monkeypatch: p
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-9, atol=1e-12 * float(scale), msg=name)
 
 
-@pytest.mark.parametrize("precision, bound", [("fp32", 2e-5), ("bf16", 3e-2)])
-@pytest.mark.parametrize("form", FORMS, ids=ids)
-def test_narrower_dtypes(form: dict, precision: str, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, expected = run(form, precision, "RMSNorm", monkeypatch, fused=False)
-    _, grads = run(form, precision, "RMSNorm", monkeypatch, fused=True)
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Relative, over all parameters."""
     norm = torch.stack([grad.double().norm() for grad in expected.values()]).norm()
-    error = torch.stack([(grads[name].double() - grad.double()).norm() for name, grad in expected.items()]).norm()
-    assert error <= bound * norm
+    error = torch.stack([(found[name].double() - grad.double()).norm() for name, grad in expected.items()]).norm()
+    return float(error / norm)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_fp32(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = run(form, "fp32", "RMSNorm", monkeypatch, fused=False)
+    _, grads = run(form, "fp32", "RMSNorm", monkeypatch, fused=True)
+    assert distance(grads, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("form", FORMS, ids=ids)
+def test_bf16_is_as_near_to_float64_as_the_plain_form(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights in float64 are the truth: rounding makes up to 0.3 of the gradient in these small models."""
+    exact, rounded = (randomise(build(small_config(form), precision)) for precision in ("fp64", "bf16"))
+    with torch.no_grad():
+        for wide, narrow in zip(exact.parameters(), rounded.parameters(), strict=True):
+            wide.copy_(narrow)
+    tokens = random_tokens(3)
+    _, expected = gradients(exact, tokens)
+    monkeypatch.setattr(LinearMix, "is_fused", lambda self, stream: True)
+    error = distance(gradients(rounded, tokens)[1], expected)
+    monkeypatch.setattr(LinearMix, "is_fused", lambda self, stream: False)
+    assert error <= 2 * distance(gradients(rounded, tokens)[1], expected)
 
 
 def test_same_numbers_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +113,44 @@ def test_same_numbers_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(grad, second[1][name]) for name, grad in first[1].items())
 
 
-def test_flag_turns_it_off_and_float64_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    original = kernel._Boundary.apply
-    monkeypatch.setattr(kernel._Boundary, "apply", lambda *inputs: calls.append(1) or original(*inputs))
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    for precision, fused, expected in [("fp32", True, 6), ("fp32", False, 0), ("fp64", True, 0)]:
-        calls.clear()
-        build(small_config(FORMS[0], fused_residual=fused), precision)(tokens)
-        assert len(calls) == expected
+@pytest.mark.parametrize("precision,fused,expected", [("fp32", True, 6), ("fp32", False, 0), ("fp64", True, 0)])
+def test_flag_turns_it_off_and_float64_is_plain(precision: str, fused: bool, expected: int) -> None:
+    model = build(small_config(FORMS[0], fused_residual=fused), precision)
+    with counted() as names:
+        model(torch.zeros(1, 8, dtype=torch.long))
+    assert names.count("boundary") == expected
+
+
+@pytest.mark.parametrize("has_output", [True, False])
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4], FORMS[7]], ids=ids)
+def test_registered_as_torch_expects(form: dict, has_output: bool) -> None:
+    """torch's own checks: schema, gradients, and that shapes alone (``--compile``) give what the operation gives."""
+    model = randomise(build(small_config(form), "fp32"))
+    residual = model.stage_layers()[0].mlp_residual
+    assert isinstance(residual, LinearMix)
+    fused = residual.fused()
+    assert fused is not None
+    N, D, R = residual.num_streams(), residual.stream_width(), fused.form.num_reads
+    leaf = lambda *shape: torch.randn(*shape, requires_grad=True)  # noqa: E731
+    written = (leaf(5, R, D), leaf(5, R, N), leaf(5, N, N)) if has_output else (None, None, None)
+    form_of = fused.form._replace(norm="RMSNorm", norm_eps=1e-5)
+    tensors = (leaf(5, N, D), *written, fused.projection, leaf(R * D), None, list(fused.parameters))
+    torch.library.opcheck(torch.ops.megatron_hc.boundary.default, (*tensors, *form_of))
+    if has_output:
+        torch.library.opcheck(torch.ops.megatron_hc.fold.default, (tensors[0], *written, "auto"))
+
+
+def test_a_pipeline_stage_changes_no_bit() -> None:
+    """A carry that is settled and read as a stage's first one: the same numbers and gradients as one that is not."""
+    for dtype, form in itertools.product((torch.float32, torch.bfloat16), (FORMS[0], FORMS[4], FORMS[6])):
+        found = []
+        for settles in (False, True):
+            model = randomise(build(small_config(form), "bf16" if dtype == torch.bfloat16 else "fp32"))
+            hidden = torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+            context = model.context(torch.arange(8).unsqueeze(0), None)
+            carry = model.entry_residual.open(hidden)
+            for layer in model.stage_layers():
+                carry = layer(layer.attention_residual.settle(carry) if settles else carry, context)
+            model.close(carry).float().square().sum().backward()
+            found.append([hidden.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

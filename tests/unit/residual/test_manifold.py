@@ -11,10 +11,10 @@ from helpers import build, random_tokens, randomise, small_config
 from torch import Tensor
 
 from megatron_hc.cli import parse
+from megatron_hc.kernels.coefficients import permutation_matrices
 from megatron_hc.kernels.sinkhorn import sinkhorn, sinkhorn_reference
 from megatron_hc.model.gpt import GPT
 from megatron_hc.residual import Residual
-from megatron_hc.residual.manifold import permutation_matrices
 
 FORMS = [(False, 0.0), (True, 1e-6), (True, 0.3)]  # the paper's, Megatron-LM's, and one whose bound is often met
 

@@ -1,0 +1,233 @@
+"""The large parts of a boundary in plain torch, a block of tokens at a time so that a block stays in cache.
+
+Dims: T tokens, N streams, D width of one stream, R parts read and written, C = R D, K logits, rows: N, or 1 (joint).
+
+``boundary.py`` has the formulas and calls these; the C++ operations have the same signatures and meaning. "wide" is the
+dtype of sums and of everything small: at least fp32. Results are rounded to the streams' dtype once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_hc.kernels.coefficients import Form
+from megatron_hc.kernels.norm import promote
+
+BLOCK_ELEMENTS = 1 << 18  # numbers of H' in flight: 1 MiB in fp32, so that a core's cache holds what a block touches
+
+
+def blocks(tokens: int, numbers: int) -> list[slice]:
+    """Runs of tokens that hold at most ``BLOCK_ELEMENTS``, ``numbers`` per token."""
+    size = max(1, BLOCK_ELEMENTS // numbers)
+    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+
+
+def enter(
+    form: Form,
+    streams: Tensor,
+    output: Tensor | None,
+    write: Tensor | None,
+    keep: Tensor | None,
+    projection: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """H [T, N, D], Y [T, R, D], write [T, R, N], keep [T, N, N], W [K, D or N D] -> H', statistics [T, rows, K + 2].
+
+    Statistics of a row h of H': W h, mean (0 with RMSNorm), variance (mean square with RMSNorm); [0] without W.
+    Without Y, H' is a copy of H.
+    """
+    T, N, D = streams.shape
+    wide = promote(streams.dtype)
+    new = torch.empty(T, N, D, dtype=streams.dtype, device=streams.device)
+    statistics = torch.empty(0, dtype=wide, device=streams.device)
+    if projection is not None:
+        K, width = projection.shape
+        statistics = torch.empty(T, N * D // width, K + 2, dtype=wide, device=streams.device)
+    for part in blocks(T, N * D):
+        if output is None or write is None or keep is None:
+            new[part] = streams[part]
+        else:
+            _fold_into(new[part], streams[part], output[part], write[part], keep[part])
+        if projection is None:
+            continue
+        rows, found = new[part].view(-1, width).to(wide), statistics[part].view(-1, K + 2)
+        found[:, :K] = F.linear(rows, projection)
+        if form.is_centred:
+            found[:, K + 1], found[:, K] = torch.var_mean(rows, dim=-1, correction=0)
+        else:
+            norm = torch.linalg.vector_norm(rows, dim=-1)
+            found[:, K + 1], found[:, K] = norm * norm / width, 0
+    return new, statistics
+
+
+def _fold_into(new: Tensor, streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> None:
+    """keep^T H + write^T Y, accumulated in the weights' dtype, rounded once."""
+    wide = write.dtype
+    total = new if new.dtype == wide else torch.empty(new.shape, dtype=wide, device=new.device)
+    torch.bmm(write.transpose(1, 2), output.to(wide), out=total)
+    total.baddbmm_(keep.transpose(1, 2), streams.to(wide))
+    if total is not new:
+        new.copy_(total)
+
+
+def leave(
+    form: Form, new: Tensor, read: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """H', read [T, N, R], weight and bias [C] of the norm -> norm(read^T H') [T, C], its mean and 1 / rms [T, 2]."""
+    T, N, D = new.shape
+    C = form.num_reads * D
+    x = torch.empty(T, C, dtype=new.dtype, device=new.device)
+    found = torch.empty(T if form.norm else 0, 2, dtype=read.dtype, device=new.device)
+    for part in blocks(T, N * D):
+        wide_x = torch.bmm(read[part].transpose(1, 2), new[part].to(read.dtype)).view(-1, C)
+        if form.norm:
+            wide_x = normed(form, wide_x, found[part], weight, bias)
+        x[part] = wide_x
+    return x, found
+
+
+def normed(form: Form, x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [t, C] in wide -> its norm; mean (0 with RMSNorm) and 1 / rms of every row go to ``found`` [t, 2]."""
+    if form.norm == "LayerNorm":
+        y, mean, inverse = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, form.norm_eps)
+        found[:, :1], found[:, 1:] = mean, inverse
+        return y
+    length = torch.linalg.vector_norm(x, dim=-1)
+    inverse = torch.rsqrt(length * length / x.shape[-1] + form.norm_eps)
+    found[:, 0], found[:, 1] = 0, inverse
+    y = x * inverse.unsqueeze(-1)
+    return y if weight is None else y.mul_(weight)
+
+
+def norm_gradient(
+    form: Form, grad: Tensor, x: Tensor, found: Tensor, weight: Tensor | None, sums: Tensor
+) -> Tensor:
+    """From the gradient of the norm [t, C] to that of x; adds the weight's and the bias's to ``sums`` [2, C]."""
+    if form.norm == "LayerNorm":
+        x = x - found[:, :1]
+        sums[1] += grad.sum(0)
+    hat = x * found[:, 1:]
+    if weight is not None:
+        sums[0] += (grad * hat).sum(0)
+        grad = grad * weight
+    along = (grad * hat).mean(-1, keepdim=True)
+    result = grad - hat * along
+    if form.norm == "LayerNorm":
+        result -= grad.mean(-1, keepdim=True)
+    return result.mul_(found[:, 1:])
+
+
+def leave_backward(
+    form: Form, grad: Tensor, new: Tensor, read: Tensor, found: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of ``leave``'s result -> of x before the norm [T, R, D] in wide, of read, and [2, C] of weight, bias."""
+    T, N, D = new.shape
+    R, wide = form.num_reads, read.dtype
+    g_x = torch.empty(T, R, D, dtype=wide, device=new.device)
+    g_read = torch.empty(T, N, R, dtype=wide, device=new.device)
+    sums = torch.zeros(2, R * D, dtype=wide, device=new.device)
+    for part in blocks(T, N * D):
+        rows, g_block = new[part].to(wide), grad[part].to(wide)
+        if form.norm:
+            x = torch.bmm(read[part].transpose(1, 2), rows).view(-1, R * D)
+            g_block = norm_gradient(form, g_block, x, found[part], weight, sums)
+        g_x[part] = g_block.view(-1, R, D)
+        g_read[part] = rows @ g_x[part].transpose(1, 2)
+    return g_x, g_read, sums
+
+
+def enter_backward(
+    form: Form,
+    g_new: Tensor,
+    g_x: Tensor,
+    read: Tensor,
+    new: Tensor,
+    statistics: Tensor,
+    g_statistics: Tensor,
+    streams: Tensor,
+    output: Tensor | None,
+    write: Tensor | None,
+    keep: Tensor | None,
+    projection: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of H' (by later readers), x and the statistics -> of H, Y, write, keep and W; absent ones are [0]."""
+    T, N, D = new.shape
+    wide = read.dtype
+    g_streams = torch.empty(T, N, D, dtype=new.dtype, device=new.device)
+    written = [torch.empty(0, dtype=wide, device=new.device) for _ in range(3)]
+    if output is not None and write is not None and keep is not None:
+        written = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (output, write, keep)]
+    g_projection = torch.zeros(0, dtype=wide, device=new.device) if projection is None else torch.zeros_like(projection)
+    for part in blocks(T, N * D):
+        grad = torch.baddbmm(g_new[part].to(wide), read[part], g_x[part])  # [t, N, D]
+        if projection is not None:
+            _add_statistics_gradient(
+                form, grad, new[part].to(wide), projection, g_projection, statistics[part], g_statistics[part]
+            )
+        # Rounded to the streams' dtype, as it is where a stage boundary lies between the write and the read.
+        grad = grad.to(new.dtype)
+        if output is None or write is None or keep is None:
+            g_streams[part] = grad
+        else:
+            results = [tensor[part] for tensor in (g_streams, *written)]
+            _fold_gradient(results, grad, streams[part], output[part], write[part], keep[part])
+    return g_streams, written[0], written[1], written[2], g_projection
+
+
+def _add_statistics_gradient(
+    form: Form,
+    grad: Tensor,
+    block: Tensor,
+    projection: Tensor,
+    g_projection: Tensor,
+    statistics: Tensor,
+    g_statistics: Tensor,
+) -> None:
+    """Into ``grad`` [t, N, D]: what flows through the statistics; into ``g_projection``: through the logits."""
+    K, width = projection.shape
+    rows, into = block.view(-1, width), grad.view(-1, width)
+    found = g_statistics.reshape(-1, K + 2)
+    into.addmm_(found[:, :K], projection)
+    g_projection.addmm_(found[:, :K].t(), rows)
+    scale = found[:, K + 1 :] * (2 / width)
+    into.addcmul_(rows, scale)
+    if form.is_centred:
+        # The variance does not change with the mean; what is left is the mean's own share and the centring of the rows.
+        mean = statistics.reshape(-1, K + 2)[:, K : K + 1]
+        into.add_(found[:, K : K + 1] / width - scale * mean)
+
+
+def _fold_gradient(
+    results: list[Tensor], grad: Tensor, streams: Tensor, output: Tensor, write: Tensor, keep: Tensor
+) -> None:
+    """From the gradient of H' to those of H, Y, write and keep, put into ``results``."""
+    wide = grad.to(write.dtype)
+    across = wide.transpose(1, 2)
+    for result, (left, right) in zip(
+        results,
+        ((keep, wide), (write, wide), (output.to(write.dtype), across), (streams.to(write.dtype), across)),
+        strict=True,
+    ):
+        result.copy_(torch.bmm(left, right))
+
+
+def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> Tensor:
+    """H' = keep^T H + write^T Y, with ``enter``'s arithmetic."""
+    T, N, D = streams.shape
+    new = torch.empty(T, N, D, dtype=streams.dtype, device=streams.device)
+    for part in blocks(T, N * D):
+        _fold_into(new[part], streams[part], output[part], write[part], keep[part])
+    return new
+
+
+def fold_backward(
+    grad: Tensor, streams: Tensor, output: Tensor, write: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of H' -> of H, Y, write and keep."""
+    T, N, D = streams.shape
+    found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (streams, output, write, keep)]
+    for part in blocks(T, N * D):
+        inputs = (streams[part], output[part], write[part], keep[part])
+        _fold_gradient([tensor[part] for tensor in found], grad[part].contiguous(), *inputs)
+    return found[0], found[1], found[2], found[3]
