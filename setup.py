@@ -54,7 +54,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_hc", "megatron_hc.*"]),
-    package_data={"megatron_hc": ["py.typed"]},
+    package_data={"megatron_hc": ["py.typed", "kernels/*.cpp"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

@@ -22,7 +22,6 @@ ALIASES: dict[str, dict[str, str]] = {
     "wandb_name": {"wandb_exp_name": VALUE},
     "enable_mhc_connections": {"residual_connection": "mhc"},
     "mhc_num_residual_streams": {"residual_streams": VALUE},
-    "mhc_recompute_layer_num": {"recompute_residual_layers": VALUE},
 }
 """Other spelling -> {field: fixed value, or VALUE}. Without a VALUE the flag stands alone (``--flag``; YAML: true)."""
 
@@ -46,6 +45,8 @@ REPLACED: dict[str, str] = {
     "--tokenizer-model FOLDER",
     "checkpoint_activations": "use --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "distribute_saved_activations": "use --sequence-parallel, which keeps a part of the streams on each process",
+    "mhc_recompute_layer_num": "use --residual-recompute-interval with twice its number: it counts boundaries, "
+    "of which a layer has two",
     "decoder_seq_length": "there is no encoder: use --seq-length",
 }
 """Flag that is not offered -> what to do instead."""
@@ -61,7 +62,6 @@ _TE = "only sets up a transformer-engine feature that is off"
 NOT_NEEDED: dict[str, NotNeeded] = {
     # Kernels
     "use_flash_attn": NotNeeded(_KERNEL),
-    "attention_backend": NotNeeded(_KERNEL, 1),
     "transformer_impl": NotNeeded(_KERNEL, 1),
     "spec": NotNeeded(_KERNEL, 2),
     "use_mcore_models": NotNeeded(_ALWAYS),

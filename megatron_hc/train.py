@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from megatron_hc.data import (
     tokenizer_of,
 )
 from megatron_hc.evaluation import Sums, Tasks, lines_of, whole_losses
+from megatron_hc.kernels.boundary import check_backend
 from megatron_hc.launch import SAVED_TO_RESUME, TrainingStopped, note_iteration
 from megatron_hc.log import Logger
 from megatron_hc.mesh import Mesh, build_mesh
@@ -169,6 +172,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
         check_not_locked(config.checkpoint.save, mesh)
+    check_kernels(config, mesh)
     tokenizer = tokenizer_of(config.data)
     model = build_model(config, tokenizer.vocab_size, mesh)
     placed = placements(model, mesh)
@@ -201,6 +205,8 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     # Dropout only: initial weights and data order have seeds of their own. Stages do not repeat each other's masks.
     torch.manual_seed(config.training.seed + 100 * mesh.rank("pp"))
     optimizer = build_optimizer(config, model, placed, mesh)
+    if config.training.compile:
+        compile_layers(model, mesh)
     run = Run(
         config=config,
         arguments=dump(config, parsed.origins),
@@ -226,6 +232,22 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     if source is not None:
         load(run, source)
     return run
+
+
+def check_kernels(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuse kernels that this machine does not have, and build what is built at first use."""
+    device, backend = torch.device(mesh.device), config.model.attention_backend
+    if device.type == "cpu" and backend == "fused":
+        raise ValueError("--attention-backend fused is cuDNN's and needs --device cuda, not cpu: use flash or auto")
+    check_backend(config.model.fused_residual_backend, device)
+
+
+def compile_layers(model: GPT, mesh: Mesh) -> None:
+    """--compile: torch.compile of every layer; layers of one structure share their code."""
+    if torch.device(mesh.device).type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
+        raise ValueError("--compile needs a C++ compiler on a CPU: install g++ or set CXX, or leave --compile out")
+    for layer in model.stage_layers():
+        layer.compile()
 
 
 def build_optimizer(config: TrainConfig, model: GPT, placed: dict[str, Placement], mesh: Mesh) -> DataParallelOptimizer:

@@ -95,6 +95,9 @@ class ModelConfig:
     """Keep the residual streams in fp32 under --bf16."""
     attention_softmax_in_fp32: bool = False
     """Attention with scores and softmax held in fp32, instead of torch's fused attention."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    """Kernel of attention: flash attention, cuDNN's (fused, CUDA only) or matrix products and a softmax (unfused); auto
+    tries cuDNN's first on NVIDIA Hopper, where it is fastest, and leaves the choice to torch elsewhere."""
     norm_placement: NormPlacementName = "pre"
     """Where a sublayer's norms stand."""
     normformer_residual_scale: bool = False
@@ -239,6 +242,7 @@ class ModelConfig:
             )
         self.residual.validate(self.hidden_size)
         self._validate_values()
+        self._validate_attention()
         self._validate_norms()
         self.moe.validate(self.num_layers)
         require(
@@ -285,6 +289,14 @@ class ModelConfig:
             not (self.single_layer_value and self.residual.residual_connection == "muddformer"),
             "--single-layer-value and --residual-connection muddformer exclude each other: MUDDFormer makes an input "
             "for the values that later layers then do not have",
+        )
+
+    def _validate_attention(self) -> None:
+        backend = self.attention_backend
+        require(
+            backend == "auto" or not self.attention_softmax_in_fp32,
+            f"--attention-backend {backend} and --attention-softmax-in-fp32 exclude each other: the latter writes "
+            "attention out",
         )
 
     def _validate_norms(self) -> None:

@@ -76,8 +76,9 @@ class ParallelConfig:
     """Layers per recompute group (uniform), or layers recomputed (block)."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
     """With selective recompute: any of core_attn, mlp, moe, layernorm, residual (or mhc, Megatron-LM's name for it)."""
-    recompute_residual_layers: int | None = None
-    """With --recompute-modules residual: keep the streams at every that many layers only (default: at every read)."""
+    residual_recompute_interval: int | None = None
+    """With --recompute-modules residual: boundaries (reads, two a layer) from one kept state of the streams to the
+    next; 1: kept at every read (default: about sqrt(n B / (n + 2)) for a stage of B boundaries with n streams)."""
 
     @property
     def expert_parts(self) -> int:
@@ -284,16 +285,16 @@ class ParallelConfig:
         for name in self.recompute_modules:
             require(name in allowed, f"--recompute-modules ({name}) must be any of {', '.join(allowed)}")
             require(name != "moe" or model.moe.num_experts is not None, "--recompute-modules moe needs --num-experts")
-        if self.recompute_residual_layers is not None:
+        interval = self.residual_recompute_interval
+        if interval is not None:
             require(
                 self.recompute_granularity == "selective" and bool({"residual", "mhc"} & {*self.recompute_modules}),
-                f"--recompute-residual-layers ({self.recompute_residual_layers}) needs --recompute-granularity "
-                "selective and --recompute-modules residual",
+                f"--residual-recompute-interval ({interval}) needs --recompute-granularity selective and "
+                "--recompute-modules residual",
             )
             require(
-                1 <= self.recompute_residual_layers <= num_layers,
-                f"--recompute-residual-layers ({self.recompute_residual_layers}) must be in 1 .. --num-layers "
-                f"({num_layers})",
+                1 <= interval <= 2 * num_layers,
+                f"--residual-recompute-interval ({interval}) must be in 1 .. {2 * num_layers}, two boundaries a layer",
             )
         if self.recompute_granularity == "full":
             require(

@@ -110,6 +110,13 @@ class ResidualConfig:
     """Divide the initial weights of sublayers' output matrices by the square root of --residual-streams (HC's option).
     """
 
+    @property
+    def num_streams(self) -> int:
+        """Streams as wide as the hidden vector that a token has, rounded up."""
+        if self.residual_connection == "virtual-width":
+            return -(-self.residual_streams // self.virtual_width_fractions)
+        return self.residual_streams if self.residual_connection in MIXING and self.residual_connection != "frac" else 1
+
     def validate(self, hidden_size: int) -> None:
         require(
             self.residual_connection in RESIDUAL_CONNECTIONS,

@@ -67,6 +67,22 @@ class TrainConfig:
         )
         if self.checkpoint.moe_use_upcycling:
             self._validate_upcycling()
+        self._validate_kernels()
+
+    def _validate_kernels(self) -> None:
+        backend = self.model.fused_residual_backend
+        require(
+            self.model.fused_residual or backend == "auto",
+            f"--fused-residual-backend {backend} and --no-fused-residual exclude each other",
+        )
+        recomputes = self.parallel.recompute_granularity == "selective" and bool(
+            {"residual", "mhc"} & {*self.parallel.recompute_modules}
+        )
+        require(
+            not (self.training.compile and recomputes),
+            "--compile and --recompute-modules residual exclude each other: what a compiled layer keeps is the "
+            "compiler's choice",
+        )
 
     def _validate_upcycling(self) -> None:
         """Copies of one MLP are that MLP if their weights sum to 1."""

@@ -52,6 +52,8 @@ class TrainingConfig:
     """Iterations whose samples are read without a step of the optimizer."""
     bf16: bool = False
     """Weights and activations in bfloat16, with fp32 master weights, gradients, norms and residual parameters."""
+    compile: bool = False
+    """Compile every layer with torch.compile (the first step takes minutes; needs a C++ compiler on a CPU)."""
     fp64: bool = False
     """Everything in float64: for comparing layouts."""
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hc.kernels import boundary_blocks
+from megatron_hc.kernels import boundary_blocks, boundary_cpp
 from megatron_hc.kernels.coefficients import Form, Weights, coefficient_gradients, coefficients
 from megatron_hc.kernels.norm import promote
 
@@ -271,7 +271,15 @@ def implementation(form: Form, streams: Tensor) -> ModuleType:
 
 
 def _backend(name: str, streams: Tensor) -> ModuleType:
-    return boundary_blocks
+    return boundary_cpp if name == "cpp" else boundary_blocks
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """``ValueError`` where the device has no such backend, or where it cannot be built."""
+    if name == "cpp":
+        if device.type != "cpu":
+            raise ValueError(f"--fused-residual-backend cpp is for --device cpu, not {device.type}: use triton or auto")
+        boundary_cpp.operations()
 
 
 def boundary(

@@ -6,11 +6,13 @@ Dims: S sequence, T keys (cached ones included), B batch, C hidden size, Q query
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.norm import promote
@@ -48,6 +50,7 @@ class CoreAttention(nn.Module):
         self.divisor = 1.0 if has_scaled_queries else math.sqrt(config.head_size)
         self.dropout = config.attention_dropout
         self.softmax_in_fp32 = config.attention_softmax_in_fp32
+        self.backend = config.attention_backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [S, B, Q, H], k and v [T, B, G, H] -> [S, B, Q * H]."""
@@ -62,15 +65,37 @@ class CoreAttention(nn.Module):
             heads = q.shape[1]
             if q.shape[2] == 1:  # a group's queries in the place of the sequence: keys need not be repeated for them
                 q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-            y = F.scaled_dot_product_attention(
-                *(q, k, v),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=is_causal,
-                scale=1 / self.divisor,
-                enable_gqa=q.shape[1] != k.shape[1],
-            ).reshape(q.shape[0], heads, -1, q.shape[3])
+            with chosen_kernels(self.backend, q.device):
+                y = F.scaled_dot_product_attention(
+                    *(q, k, v),
+                    attn_mask=mask,
+                    dropout_p=dropout,
+                    is_causal=is_causal,
+                    scale=1 / self.divisor,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                ).reshape(q.shape[0], heads, -1, q.shape[3])
         return y.permute(2, 0, 1, 3).flatten(2)
+
+
+KERNELS = {
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "fused": [SDPBackend.CUDNN_ATTENTION],
+    "unfused": [SDPBackend.MATH],
+    "hopper": [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ],
+}
+"""What torch may take, the best first. On Hopper torch's own order has FlashAttention 2 before cuDNN."""
+
+
+def chosen_kernels(backend: str, device: torch.device) -> AbstractContextManager[object]:
+    """Attention inside runs on ``--attention-backend``; one that cannot do it (masks, head widths) is torch's error."""
+    if backend == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        backend = "hopper"
+    return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend], set_priority=True)
 
 
 def _explicit_attention(

@@ -100,7 +100,7 @@ def build_model(config: TrainConfig, vocab_size: int, mesh: Mesh) -> GPT:
         )
     spread_experts(model, mesh, layers.moe_token_dispatcher_type)
     if layers.recompute_granularity == "selective":
-        recompute_modules(model, layers.recompute_modules, layers.recompute_residual_layers)
+        recompute_modules(model, layers.recompute_modules, layers.residual_recompute_interval)
     return model
 
 

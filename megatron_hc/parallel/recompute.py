@@ -17,7 +17,7 @@ from megatron_hc.model.mlp import MLP
 from megatron_hc.model.moe import MoE
 from megatron_hc.model.router import Remembering, routers_of
 from megatron_hc.parallel.recompute_reads import ReadBlocks
-from megatron_hc.residual import Carry, Residual
+from megatron_hc.residual import Carry
 
 
 def layer_runner(granularity: str | None, method: str | None, num_layers: int | None) -> LayerRunner:
@@ -58,21 +58,18 @@ def _recomputed(function: Callable[..., Any], inside: Iterable[nn.Module] = ()) 
     return run
 
 
-def recompute_modules(model: GPT, names: Iterable[str], residual_layers: int | None = None) -> None:
+def recompute_modules(model: GPT, names: Iterable[str], residual_interval: int | None = None) -> None:
     """Recompute the named parts: core_attn, mlp, moe, layernorm, residual (its reads; Megatron-LM's name: mhc).
 
-    A residual read keeps its input, all streams; with ``residual_layers`` only the first of that many layers does.
+    The first of every ``residual_interval`` reads keeps its input, all streams; None: ``best_interval`` of the stage.
     """
     kinds = {"core_attn": CoreAttention, "mlp": MLP, "moe": MoE, "layernorm": NormLayer}
     for name in names:
-        is_residual = name in ("residual", "mhc")
-        if is_residual and residual_layers is not None:
-            ReadBlocks(model, residual_layers)
+        if name in ("residual", "mhc"):
+            ReadBlocks(model, residual_interval)
             continue
         for module in model.modules():
-            if is_residual and isinstance(module, Residual):
-                module.read = _recomputed(module.read)  # type: ignore[method-assign]
-            elif name in kinds and isinstance(module, kinds[name]):
+            if name in kinds and isinstance(module, kinds[name]):
                 module.forward = _recomputed(functools.partial(_forward, module), [module])
 
 

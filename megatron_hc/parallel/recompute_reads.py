@@ -1,13 +1,14 @@
-"""Recompute of residual reads over several layers: n streams are kept once per block of layers, not once per read.
+"""Recompute of residual reads in blocks: n streams are kept once per block of boundaries, not once per read.
 
 What the reads save for their backward pass is thrown away, and computed again for the whole block at once from the
-carry at the block's entrance and the outputs of its sublayers (arXiv 2512.24880, section 4.3.2: with L layers, n
-streams of width C and blocks of L_r layers, n C L / L_r + 2 C L numbers per token are kept, and the rest of one block
-while it is in the backward pass; about sqrt(n L / (n + 2)) layers are best).
+carry at the block's entrance and the outputs of its sublayers (arXiv 2512.24880, section 4.3.2 and equation 20: with L
+boundaries, n streams of width C and blocks of L_r boundaries, n C L / L_r numbers per token are kept, and (n + 2) C L_r
+of one block while it is in the backward pass: sqrt(n L / (n + 2)) boundaries are best).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -25,11 +26,17 @@ Write = Callable[..., Carry]
 
 
 class ReadBlocks:
-    """Makes ``model`` run its layers in blocks of ``num_layers`` whose residual reads are recomputed together."""
+    """Makes ``model`` run in blocks of ``interval`` residual reads that are recomputed together.
 
-    def __init__(self, model: GPT, num_layers: int) -> None:
-        self.num_layers = num_layers
+    A block never reaches into another pipeline stage: every stage begins with one. ``interval`` None: the best one for
+    the stage.
+    """
+
+    def __init__(self, model: GPT, interval: int | None = None) -> None:
+        self.interval = interval
+        self.num_streams = model.config.residual.num_streams
         self.block: _Block | None = None
+        self.num_reads = self.current = 0
         self.run_layer = model.run
         for module in model.modules():
             if isinstance(module, Residual) and module.site.is_sublayer:
@@ -39,19 +46,21 @@ class ReadBlocks:
 
     def run(self, layers: Iterable[TransformerLayer], carry: Carry, context: Context) -> Carry:
         """A ``LayerRunner``. Every call has blocks of its own, so that micro-batches may be in flight together."""
+        layers = list(layers)
+        self.current = self.interval or best_interval(2 * len(layers), self.num_streams)
+        self.num_reads, self.block = 0, _Block()
         try:
-            for position, layer in enumerate(layers):
-                if position % self.num_layers == 0:
-                    self.block = _Block()
-                carry = self.run_layer([layer], carry, context)
+            return self.run_layer(layers, carry, context)
         finally:
             self.block = None
-        return carry
 
     def _reader(self, read: Read) -> Read:
         def recomputed(carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
             if self.block is None or not torch.is_grad_enabled():
                 return read(carry, norm)
+            if self.num_reads % self.current == 0:
+                self.block = _Block()
+            self.num_reads += 1
             return self.block.read(read, carry, norm)
 
         return recomputed
@@ -63,6 +72,11 @@ class ReadBlocks:
             return self.block.write(write, carry, output, value)
 
         return recomputed
+
+
+def best_interval(num_boundaries: int, num_streams: int) -> int:
+    """Boundaries per block for which what is kept and what one block needs at a time are smallest together."""
+    return max(1, round(math.sqrt(num_streams * num_boundaries / (num_streams + 2))))
 
 
 class _Block:

@@ -65,7 +65,7 @@ RECOMPUTE = {
     "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
     "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "selective": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm residual",
-    "blocks-of-reads": "--recompute-granularity selective --recompute-modules residual --recompute-residual-layers 2",
+    "blocks-of-reads": "--recompute-granularity selective --recompute-modules residual --residual-recompute-interval 3",
 }
 HEADS = {
     "mha": "",

@@ -126,7 +126,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_flags_not_needed_are_listed_with_the_command_line_without_them() -> None:
-    argv = "--use-flash-attn --transformer-impl local --data-path".split() + ["a b", "--attention-backend=flash"]
+    argv = "--use-flash-attn --transformer-impl local --data-path".split() + ["a b", "--ckpt-format=torch"]
     lines = error_of(*argv, prog="pretrain_gpt.py").splitlines()
     assert lines[0] == "3 arguments to mend"
     assert "  --use-flash-attn is not needed here: only picks a kernel" in lines

@@ -83,9 +83,9 @@ REFUSED = [
     ),
     ("--sequence-parallel", "", "--sequence-parallel needs --tensor-model-parallel-size above 1"),
     (
-        "--recompute-residual-layers 2",
+        "--residual-recompute-interval 2",
         "",
-        "--recompute-residual-layers (2) needs --recompute-granularity selective and --recompute-modules residual",
+        "--residual-recompute-interval (2) needs --recompute-granularity selective and --recompute-modules residual",
     ),
     (
         "--recompute-modules attn",

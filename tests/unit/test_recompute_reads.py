@@ -1,4 +1,4 @@
-"""--recompute-residual-layers: the same bits, and streams kept once per block of layers."""
+"""--recompute-modules residual: the same bits, and streams kept once per block of reads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_hc.model.gpt import GPT
 from megatron_hc.residual import RESIDUALS, Carry, Residual
 
 
-def blocks(layers: int) -> ParallelConfig:
+def blocks(interval: int | None) -> ParallelConfig:
     return ParallelConfig(
-        recompute_granularity="selective", recompute_modules=("residual",), recompute_residual_layers=layers
+        recompute_granularity="selective", recompute_modules=("residual",), residual_recompute_interval=interval
     )
 
 
@@ -24,11 +24,11 @@ def model_with(method: str, parallel: ParallelConfig | None = None) -> GPT:
 
 
 @pytest.mark.parametrize("method", RESIDUALS)
-@pytest.mark.parametrize("layers", [1, 3])
-def test_gradients_have_the_same_bits(method: str, layers: int) -> None:
+@pytest.mark.parametrize("interval", [1, 3, None])
+def test_gradients_have_the_same_bits(method: str, interval: int | None) -> None:
     tokens = random_tokens()
     expected_loss, expected = gradients(model_with(method), tokens)
-    loss, found = gradients(model_with(method, blocks(layers)), tokens)
+    loss, found = gradients(model_with(method, blocks(interval)), tokens)
     assert loss.equal(expected_loss)
     assert_same_bits(found, expected)
 
@@ -53,8 +53,8 @@ def test_without_gradients_and_with_a_cache() -> None:
         assert model(tokens, caches=model.new_caches(8, 2)).equal(plain(tokens, caches=plain.new_caches(8, 2)))
 
 
-@pytest.mark.parametrize("layers,expected", [(None, 8), (1, 4), (2, 2), (4, 1)])
-def test_streams_are_kept_once_per_block(layers: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interval,expected", [(0, 8), (1, 8), (3, 3), (4, 2), (8, 1), (None, 4)])
+def test_streams_are_kept_once_per_block(interval: int | None, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a read at a sublayer folds is a [S, B, n, C] tensor; count those that live on until the backward pass."""
     storages = []
     original = Residual.settle
@@ -66,25 +66,25 @@ def test_streams_are_kept_once_per_block(layers: int | None, expected: int, monk
         return settled
 
     monkeypatch.setattr(Residual, "settle", settle)
-    model = model_with("mhc", None if layers is None else blocks(layers))
+    model = model_with("mhc", None if interval == 0 else blocks(interval))
     loss: Tensor = loss_of(model, random_tokens())
     assert len(storages) == 8
     # The final read, outside every block, keeps the stream of the last sublayer: one more where a block drops it.
     kept = sum(not storage.expired() for storage in storages)
-    assert kept == expected + (layers is not None)
+    assert kept == min(expected + (interval != 0), 8)
     loss.backward()
 
 
 @pytest.mark.parametrize(
     "parallel,message",
     [
-        (ParallelConfig(recompute_residual_layers=2), "needs --recompute-granularity selective"),
+        (ParallelConfig(residual_recompute_interval=2), "needs --recompute-granularity selective"),
         (
-            ParallelConfig(recompute_granularity="selective", recompute_residual_layers=2),
+            ParallelConfig(recompute_granularity="selective", residual_recompute_interval=2),
             "and --recompute-modules residual",
         ),
         (blocks(0), "must be in 1"),
-        (blocks(5), "must be in 1"),
+        (blocks(9), "must be in 1"),
     ],
 )
 def test_refusals(parallel: ParallelConfig, message: str) -> None:

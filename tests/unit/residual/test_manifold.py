@@ -250,12 +250,12 @@ def test_megatron_flags() -> None:
     words = (
         "--enable-mhc-connections --mhc-num-residual-streams 8 --mhc-sinkhorn-iterations 5 "
         "--mhc-init-gating-factor 0.1 --recompute-granularity selective --recompute-modules core_attn mhc "
-        "--mhc-recompute-layer-num 3"
+        "--residual-recompute-interval 6"
     )
     config = parse([*REQUIRED, *words.split()]).config
     residual = config.model.residual
     assert (residual.residual_connection, residual.residual_streams) == ("mhc", 8)
     assert (residual.mhc_sinkhorn_iterations, residual.mhc_init_gating_factor) == (5, 0.1)
     assert config.parallel.recompute_modules == ("core_attn", "mhc")
-    assert config.parallel.recompute_residual_layers == 3
+    assert config.parallel.residual_recompute_interval == 6
     config.validate()
