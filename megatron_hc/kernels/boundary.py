@@ -15,7 +15,9 @@ policies of selective checkpoints see them. The form of a boundary is spread ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -72,6 +74,11 @@ def _boundary(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> H', x, write', keep', and for the backward pass read', the statistics, those of the norm."""
     form = Form(kind, num_streams, num_reads, is_joint, is_centred, eps, iterations, norm, norm_eps, backend)
+    if takes_triton(form, streams):
+        from megatron_hc.kernels import boundary_triton
+
+        inputs = (streams, output, write, keep, projection, norm_weight, norm_bias, list(parameters))
+        return boundary_triton.forward(form, *inputs)  # type: ignore[return-value]
     pieces = implementation(form, streams)
     new, statistics = pieces.enter(form, streams, output, write, keep, projection)
     T = streams.shape[0]
@@ -135,14 +142,24 @@ def _boundary_backward(
 ) -> list[Tensor]:
     """-> gradients of H, Y, write, keep, W ([0] where absent), weight and bias of the norm, and the parameters."""
     form = Form(kind, num_streams, num_reads, is_joint, is_centred, eps, iterations, norm, norm_eps, backend)
-    pieces = implementation(form, streams)
-    g_mixed, g_read, g_norm = pieces.leave_backward(form, g_x, new, read, norm_statistics, norm_weight)
-    g_statistics, g_sums, g_parameters = _small_gradients(
-        form, statistics, _row_sums(form, projection), parameters, (g_read, g_write, g_keep)
-    )
-    found = pieces.enter_backward(
-        form, g_new, g_mixed, read, new, statistics, g_statistics, streams, output, write, keep, projection
-    )
+    if takes_triton(form, streams):
+        from megatron_hc.kernels import boundary_triton
+
+        written = (streams, output, write, keep, projection, norm_weight, list(parameters))
+        kept = (new, read, statistics, norm_statistics)
+        found, g_read, g_norm = boundary_triton.backward(form, g_new, g_x, g_write, g_keep, *written, *kept)
+        _, g_sums, g_parameters = _small_gradients(
+            form, statistics, _row_sums(form, projection), parameters, (g_read, g_write, g_keep)
+        )
+    else:
+        pieces = implementation(form, streams)
+        g_mixed, g_read, g_norm = pieces.leave_backward(form, g_x, new, read, norm_statistics, norm_weight)
+        g_statistics, g_sums, g_parameters = _small_gradients(
+            form, statistics, _row_sums(form, projection), parameters, (g_read, g_write, g_keep)
+        )
+        found = pieces.enter_backward(
+            form, g_new, g_mixed, read, new, statistics, g_statistics, streams, output, write, keep, projection
+        )
     if g_sums is not None:
         found[4].add_(g_sums.unsqueeze(-1))
     # An operation returns no tensor twice, and no view of another result.
@@ -265,6 +282,19 @@ def _backward_of_fold(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("megatron_hc::fold", _backward_of_fold, setup_context=_save_fold)
 
 
+def takes_triton(form: Form, streams: Tensor) -> bool:
+    """Whether the whole boundary is one Triton kernel: on CUDA where Triton has one for it, or where asked for."""
+    if form.backend not in ("auto", "triton") or streams.dtype == torch.float64:
+        return False
+    if form.backend == "auto" and not streams.is_cuda:
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from megatron_hc.kernels import boundary_triton
+
+    return boundary_triton.can_do(form, streams)
+
+
 def implementation(form: Form, streams: Tensor) -> ModuleType:
     """The module that does the large parts of a boundary of this form."""
     return _backend(form.backend, streams)
@@ -280,6 +310,13 @@ def check_backend(name: str, device: torch.device) -> None:
         if device.type != "cpu":
             raise ValueError(f"--fused-residual-backend cpp is for --device cpu, not {device.type}: use triton or auto")
         boundary_cpp.operations()
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("--fused-residual-backend triton needs Triton, which comes with torch for CUDA")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"--fused-residual-backend triton needs --device cuda, not {device.type}: use torch or cpp"
+            )
 
 
 def boundary(
@@ -309,6 +346,3 @@ def boundary(
 def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
     """H' = keep^T H + write^T Y as ``boundary`` computes it, bit for bit with its gradients."""
     return torch.ops.megatron_hc.fold(streams, output, write, keep, backend)
-
-
-Boundary = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]

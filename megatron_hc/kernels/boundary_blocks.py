@@ -18,9 +18,10 @@ from megatron_hc.kernels.norm import promote
 BLOCK_ELEMENTS = 1 << 18  # numbers of H' in flight: 1 MiB in fp32, so that a core's cache holds what a block touches
 
 
-def blocks(tokens: int, numbers: int) -> list[slice]:
-    """Runs of tokens that hold at most ``BLOCK_ELEMENTS``, ``numbers`` per token."""
-    size = max(1, BLOCK_ELEMENTS // numbers)
+def blocks(streams: Tensor) -> list[slice]:
+    """Runs of tokens of [T, N, D] streams that hold at most ``BLOCK_ELEMENTS``; on a GPU one."""
+    tokens, N, D = streams.shape
+    size = max(1, BLOCK_ELEMENTS // (N * D) if streams.device.type == "cpu" else tokens)
     return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
 
 
@@ -44,7 +45,7 @@ def enter(
     if projection is not None:
         K, width = projection.shape
         statistics = torch.empty(T, N * D // width, K + 2, dtype=wide, device=streams.device)
-    for part in blocks(T, N * D):
+    for part in blocks(streams):
         if output is None or write is None or keep is None:
             new[part] = streams[part]
         else:
@@ -79,7 +80,7 @@ def leave(
     C = form.num_reads * D
     x = torch.empty(T, C, dtype=new.dtype, device=new.device)
     found = torch.empty(T if form.norm else 0, 2, dtype=read.dtype, device=new.device)
-    for part in blocks(T, N * D):
+    for part in blocks(new):
         wide_x = torch.bmm(read[part].transpose(1, 2), new[part].to(read.dtype)).view(-1, C)
         if form.norm:
             wide_x = normed(form, wide_x, found[part], weight, bias)
@@ -127,7 +128,7 @@ def leave_backward(
     g_x = torch.empty(T, R, D, dtype=wide, device=new.device)
     g_read = torch.empty(T, N, R, dtype=wide, device=new.device)
     sums = torch.zeros(2, R * D, dtype=wide, device=new.device)
-    for part in blocks(T, N * D):
+    for part in blocks(new):
         rows, g_block = new[part].to(wide), grad[part].to(wide)
         if form.norm:
             x = torch.bmm(read[part].transpose(1, 2), rows).view(-1, R * D)
@@ -159,7 +160,7 @@ def enter_backward(
     if output is not None and write is not None and keep is not None:
         written = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (output, write, keep)]
     g_projection = torch.zeros(0, dtype=wide, device=new.device) if projection is None else torch.zeros_like(projection)
-    for part in blocks(T, N * D):
+    for part in blocks(new):
         grad = torch.baddbmm(g_new[part].to(wide), read[part], g_x[part])  # [t, N, D]
         if projection is not None:
             _add_statistics_gradient(
@@ -216,7 +217,7 @@ def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> Tensor
     """H' = keep^T H + write^T Y, with ``enter``'s arithmetic."""
     T, N, D = streams.shape
     new = torch.empty(T, N, D, dtype=streams.dtype, device=streams.device)
-    for part in blocks(T, N * D):
+    for part in blocks(streams):
         _fold_into(new[part], streams[part], output[part], write[part], keep[part])
     return new
 
@@ -227,7 +228,7 @@ def fold_backward(
     """Gradient of H' -> of H, Y, write and keep."""
     T, N, D = streams.shape
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (streams, output, write, keep)]
-    for part in blocks(T, N * D):
+    for part in blocks(streams):
         inputs = (streams[part], output[part], write[part], keep[part])
         _fold_gradient([tensor[part] for tensor in found], grad[part].contiguous(), *inputs)
     return found[0], found[1], found[2], found[3]

@@ -1,0 +1,78 @@
+"""The Triton kernels against the formulas: in Triton's interpreter on a CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_boundary_sizes import BOUND, check
+
+from megatron_hc.kernels import boundary
+from megatron_hc.kernels.coefficients import Form
+
+pytest.importorskip("triton")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
+runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not IS_INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
+
+CASES = [
+    ("hyper", 4, 48, 6, True),
+    ("hyper", 3, 40, 5, True),
+    ("hyper", 1, 16, 3, True),
+    ("hyper", 2, 64, 7, False),
+    ("hyper", 8, 48, 1, True),
+    ("hyper-static", 2, 32, 5, True),
+    ("hyper-layernorm", 3, 48, 6, True),
+    ("frac", 4, 48, 5, True),
+    ("frac", 3, 48, 5, False),
+]
+GPU_CASES = [("hyper", n, d, tokens, True) for n in (1, 2, 3, 4, 8) for d in (48, 320, 1024) for tokens in (1, 7, 1000)]
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="these are the tests that it runs")
+def test_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> None:
+    kind, n, d, tokens, has_output = case
+    # The interpreter cuts off where hardware rounds to bf16.
+    cuts = dtype == torch.bfloat16 and IS_INTERPRETED
+    check("triton", kind, dtype, n, d, tokens, has_output, DEVICE, cuts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_sizes_on_a_gpu(case: tuple[str, int, int, int, bool]) -> None:
+    kind, n, d, tokens, has_output = case
+    for dtype in BOUND:
+        check("triton", kind, dtype, n, d, tokens, has_output, DEVICE)
+
+
+@runs_kernels
+def test_an_embedding_is_read_once_for_all_streams() -> None:
+    """The first boundary of a model: streams that are one tensor, expanded."""
+    hidden = torch.randn(5, 1, 32, device=DEVICE)
+    form = Form("tanh", 4, 1, False, False, 1e-5, 0, "RMSNorm", 1e-5, "triton")
+    static = [torch.randn(shape, device=DEVICE) for shape in ((4, 1), (4, 4), (4,))]
+    inputs = (None, None, None, None, torch.randn(32, device=DEVICE), None, static)
+    expanded = boundary.boundary(form, hidden.expand(-1, 4, -1), *inputs)
+    copied = boundary.boundary(form, hidden.expand(-1, 4, -1).contiguous(), *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(expanded, copied, strict=True))
+
+
+def test_refusals() -> None:
+    if not IS_INTERPRETED:
+        with pytest.raises(ValueError, match="needs --device cuda, not cpu"):
+            boundary.check_backend("triton", torch.device("cpu"))

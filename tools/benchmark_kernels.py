@@ -1,0 +1,84 @@
+"""One boundary alone, for tools/benchmark.py: time, and bytes per second against a copy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmark_peers import boundary_peers
+
+from megatron_hc.kernels.boundary import boundary
+from megatron_hc.kernels.coefficients import Form
+
+KERNELS = {
+    "hyper-static": ("tanh", False),
+    "hyper-dynamic": ("tanh", True),
+    "frac": ("tanh", True),
+    "mhc": ("sinkhorn", True),
+}
+
+
+def problem(method: str, n: int, d: int, tokens: int, dtype: torch.dtype, shape: Any) -> tuple[Form, list[Any]]:
+    """A form of boundary and what it takes, all with gradients."""
+    kind, is_dynamic = KERNELS[method]
+    R = n if method == "frac" else 1
+    D, is_joint = d // R, kind == "sinkhorn"
+    K = n * n + 2 * n if is_joint else R + n + 1
+    normal = lambda *size, of=torch.float32: torch.randn(*size, dtype=of, device=shape.device).requires_grad_()  # noqa: E731
+    form = Form(kind, n, R, is_joint, False, 1e-5, 20, "RMSNorm", 1e-5, shape.backend)
+    written = normal(tokens, R, D, of=dtype), normal(tokens, R, n), normal(tokens, n, n)
+    projection = normal(K, n * D if is_joint else D) if is_dynamic else None
+    static = [normal(K), normal(3)] if is_joint else [normal(n, R), normal(n, n), normal(n)]
+    scales = [normal(1), normal(1)] if is_dynamic and not is_joint else []
+    return form, [normal(tokens, n, D, of=dtype), *written, projection, normal(d), None, [*static, *scales]]
+
+
+def minimum_bytes(method: str, n: int, d: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+    """What a boundary has to read and write, forward and backward: (2 n + 2) C and (3 n + 3) C numbers per token."""
+    wide = 1 if method == "frac" else n
+    return tuple((factor * wide + factor) * d * tokens * dtype.itemsize for factor in (2, 3))  # type: ignore[return-value]
+
+
+def best_time(run: Callable[[], Any], shape: Any) -> float:
+    """Median seconds of ``run`` over the rounds."""
+    times = []
+    for _ in range(shape.rounds + 1):
+        if shape.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if shape.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def kernel(method: str, n: int, d: int, tokens: int, dtype: torch.dtype, shape: Any) -> dict[str, Any]:
+    """Time and bytes per second of one boundary, and of a copy as large as its streams."""
+    form, inputs = problem(method, n, d, tokens, dtype, shape)
+    leaves = [t for t in (*inputs[:7], *inputs[7]) if t is not None]
+    outputs = boundary(form, *inputs)
+    grads = [torch.randn_like(o) for o in outputs]
+    with torch.no_grad():
+        forward = best_time(lambda: boundary(form, *inputs), shape)
+        copy = best_time(inputs[0].clone, shape)
+    backward = best_time(lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True), shape)
+    bandwidth = 2 * inputs[0].numel() * dtype.itemsize / copy
+    moved = minimum_bytes(method, n, d, tokens, dtype)
+    row = {"method": method, "n": n, "d": d, "tokens": tokens, "copy_bytes_per_second": bandwidth}
+    for name, seconds, count in zip(("forward", "backward"), (forward, backward), moved, strict=True):
+        share = count / seconds / bandwidth
+        row |= {f"{name}_seconds": seconds, f"{name}_bytes": count, f"{name}_share_of_copy": share}
+    for name, run in boundary_peers(method, n, d, tokens, dtype, shape.device).items():
+        row[f"{name}_forward_backward_seconds"] = best_time(run, shape)
+    others = [key for key in row if key.endswith("forward_backward_seconds")]
+    beside = "".join(f"  {key.split('_forward')[0]} {1e3 * row[key]:.2f} ms" for key in others)
+    print(
+        f"{method:14s} n {n} d {d:5d}  forward {1e3 * forward:8.2f} ms ({row['forward_share_of_copy']:.2f} of copy)  "
+        f"backward {1e3 * backward:8.2f} ms ({row['backward_share_of_copy']:.2f}){beside}",
+        flush=True,
+    )
+    return row
