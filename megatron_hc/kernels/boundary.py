@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc.kernels import boundary_blocks, boundary_cpp
-from megatron_hc.kernels.coefficients import Form, Weights, coefficient_gradients, coefficients
+from megatron_hc.kernels.coefficients import Form, Weights, coefficient_gradients, coefficients, wants_triton
 from megatron_hc.kernels.norm import promote
 
 
@@ -74,12 +74,10 @@ def _boundary(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> H', x, write', keep', and for the backward pass read', the statistics, those of the norm."""
     form = Form(kind, num_streams, num_reads, is_joint, is_centred, eps, iterations, norm, norm_eps, backend)
-    if takes_triton(form, streams):
-        from megatron_hc.kernels import boundary_triton
-
-        inputs = (streams, output, write, keep, projection, norm_weight, norm_bias, list(parameters))
-        return boundary_triton.forward(form, *inputs)  # type: ignore[return-value]
     pieces = implementation(form, streams)
+    if hasattr(pieces, "forward"):
+        inputs = (streams, output, write, keep, projection, norm_weight, norm_bias, list(parameters))
+        return pieces.forward(form, *inputs)
     new, statistics = pieces.enter(form, streams, output, write, keep, projection)
     T = streams.shape[0]
     mixed = mixing_weights(form, statistics, _row_sums(form, projection), parameters)
@@ -142,17 +140,15 @@ def _boundary_backward(
 ) -> list[Tensor]:
     """-> gradients of H, Y, write, keep, W ([0] where absent), weight and bias of the norm, and the parameters."""
     form = Form(kind, num_streams, num_reads, is_joint, is_centred, eps, iterations, norm, norm_eps, backend)
-    if takes_triton(form, streams):
-        from megatron_hc.kernels import boundary_triton
-
+    pieces = implementation(form, streams)
+    if hasattr(pieces, "backward"):
         written = (streams, output, write, keep, projection, norm_weight, list(parameters))
         kept = (new, read, statistics, norm_statistics)
-        found, g_read, g_norm = boundary_triton.backward(form, g_new, g_x, g_write, g_keep, *written, *kept)
+        found, g_read, g_norm = pieces.backward(form, g_new, g_x, g_write, g_keep, *written, *kept)
         _, g_sums, g_parameters = _small_gradients(
             form, statistics, _row_sums(form, projection), parameters, (g_read, g_write, g_keep)
         )
     else:
-        pieces = implementation(form, streams)
         g_mixed, g_read, g_norm = pieces.leave_backward(form, g_x, new, read, norm_statistics, norm_weight)
         g_statistics, g_sums, g_parameters = _small_gradients(
             form, statistics, _row_sums(form, projection), parameters, (g_read, g_write, g_keep)
@@ -247,7 +243,7 @@ torch.library.register_autograd("megatron_hc::boundary", _backward, setup_contex
 
 @torch.library.custom_op("megatron_hc::fold", mutates_args=())
 def _fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str) -> Tensor:
-    return _backend(backend, streams).fold(streams, output, write, keep)
+    return _backend(backend).fold(streams, output, write, keep)
 
 
 @_fold.register_fake
@@ -259,7 +255,7 @@ def _(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str
 def _fold_backward(
     grad: Tensor, streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _backend(backend, streams).fold_backward(grad, streams, output, write, keep)
+    return _backend(backend).fold_backward(grad, streams, output, write, keep)
 
 
 @_fold_backward.register_fake
@@ -282,25 +278,21 @@ def _backward_of_fold(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("megatron_hc::fold", _backward_of_fold, setup_context=_save_fold)
 
 
-def takes_triton(form: Form, streams: Tensor) -> bool:
-    """Whether the whole boundary is one Triton kernel: on CUDA where Triton has one for it, or where asked for."""
-    if form.backend not in ("auto", "triton") or streams.dtype == torch.float64:
-        return False
-    if form.backend == "auto" and not streams.is_cuda:
-        return False
-    if importlib.util.find_spec("triton") is None:
-        return False
-    from megatron_hc.kernels import boundary_triton
-
-    return boundary_triton.can_do(form, streams)
-
-
 def implementation(form: Form, streams: Tensor) -> ModuleType:
-    """The module that does the large parts of a boundary of this form."""
-    return _backend(form.backend, streams)
+    """The module that does the large parts of a boundary of this form, or with ``forward`` and ``backward`` all of it.
+
+    What Triton has no kernel for is done in torch.
+    """
+    if wants_triton(form, streams):
+        from megatron_hc.kernels import boundary_triton, boundary_triton_joint
+
+        for module in (boundary_triton, boundary_triton_joint):
+            if module.can_do(form, streams):
+                return module
+    return _backend(form.backend)
 
 
-def _backend(name: str, streams: Tensor) -> ModuleType:
+def _backend(name: str) -> ModuleType:
     return boundary_cpp if name == "cpp" else boundary_blocks
 
 

@@ -45,8 +45,8 @@ def build() -> Path:
     from torch.utils.cpp_extension import get_default_build_root, include_paths, library_paths
 
     cxx11_abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    command = [compiler, *FLAGS, cxx11_abi, *(f"-I{path}" for path in include_paths()), str(SOURCE)]
-    command += [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
+    command = [compiler, *FLAGS, cxx11_abi, *(f"-I{path}" for path in include_paths())]
+    linked = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
     key = (SOURCE.read_bytes(), torch.__version__, " ".join(command), platform.node(), platform.machine())
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).hexdigest()
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()) / "megatron_hc"
@@ -56,7 +56,7 @@ def build() -> Path:
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as folder:
         built = Path(folder) / library.name
-        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(SOURCE), *linked, "-o", str(built)], capture_output=True, text=True)
         if done.returncode != 0:
             raise ValueError(
                 f"--fused-residual-backend cpp: {compiler} failed on {SOURCE} ({done.stderr.strip()[-2000:]}): use "

@@ -9,6 +9,7 @@ boundary names the function by a string, because such an operation takes no func
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -41,6 +42,13 @@ class Form(NamedTuple):
     norm_eps: float = 0.0
     backend: str = "auto"
     """auto: Triton on CUDA, torch elsewhere; torch; cpp: a C++ operation built at first use (CPU); triton."""
+
+
+def wants_triton(form: Form, tensor: Tensor) -> bool:
+    """Whether kernels are Triton's where there are such: on CUDA, or where asked for (its interpreter)."""
+    if form.backend not in ("auto", "triton") or tensor.dtype == torch.float64:
+        return False
+    return (form.backend == "triton" or tensor.is_cuda) and importlib.util.find_spec("triton") is not None
 
 
 def coefficients(form: Form, logits: Tensor | None, parameters: Sequence[Tensor]) -> Weights:
@@ -180,6 +188,10 @@ def doubly_stochastic(kind: str, logits: Tensor, n: int, iterations: int = 0) ->
 def _doubly_stochastic_gradient(form: Form, logits: Tensor, grad: Tensor) -> Tensor:
     """Gradient of H_res [T, n, n] -> of the logits [T, M]."""
     n = form.num_streams
+    if form.kind == "sinkhorn" and wants_triton(form, logits):
+        from megatron_hc.kernels import boundary_triton_joint
+
+        return boundary_triton_joint.sinkhorn_gradient(logits.unflatten(-1, (n, n)), grad, form.iterations).flatten(1)
     if form.kind == "sinkhorn":
         return sinkhorn_gradient(logits.unflatten(-1, (n, n)), grad, form.iterations).flatten(1)
     if form.kind == "permutations":

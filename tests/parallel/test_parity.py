@@ -70,6 +70,13 @@ def test_narrow_precisions(runs: Runs, method: str, precision: str) -> None:
     runs.check(Cell(model, precision=precision, **TP2_SP_DP2))
 
 
+@pytest.mark.parametrize("method", ["hyper", "frac", "mhc"])
+def test_without_the_fused_boundary(runs: Runs, method: str) -> None:
+    """In fp32, where the other cells take it (float64 never does)."""
+    model = f"{SHAPES['llama']} --residual-connection {method} --no-fused-residual --lr 1e-4"
+    runs.check(Cell(model, precision="fp32", **TP2_SP_DP2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", list(AXES))
 @pytest.mark.parametrize("method", list(RESIDUALS))

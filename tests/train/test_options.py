@@ -202,3 +202,32 @@ def test_validation_and_test_at_their_times(licence: str, tmp_path: Path) -> Non
     assert [r["iteration"] for r in found if "lm_loss_validation" in r] == [4, 8, 10]
     assert [r["iteration"] for r in found if "lm_loss_test" in r] == [10]
     assert torch.is_grad_enabled()
+
+
+def test_attention_backends_agree(licence: str, tmp_path: Path) -> None:
+    found = {}
+    for backend in ("auto", "flash", "unfused"):
+        assert command(tiny(licence, tmp_path / backend, "--train-iters", 4, "--attention-backend", backend)) == 0
+        found[backend] = losses(tmp_path / backend)
+    for backend in ("flash", "unfused"):
+        assert found[backend] == pytest.approx(found["auto"], rel=1e-4)
+
+
+def test_kernels_that_a_cpu_does_not_have(licence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for flags, message in (
+        (["--attention-backend", "fused"], "--attention-backend fused is cuDNN's and needs --device cuda, not cpu"),
+        (["--fused-residual-backend", "triton"], "--fused-residual-backend triton needs"),
+    ):
+        assert command(tiny(licence, tmp_path, "--train-iters", 4, "--residual-connection", "hyper", *flags)) != 0
+        assert message in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["plain", "hyper", "frac", "mhc"])
+def test_compiled_layers_learn_the_same(licence: str, tmp_path: Path, method: str) -> None:
+    found = []
+    for flags in ([], ["--compile"]):
+        folder = tmp_path / "-".join(["run", *flags])
+        assert command(tiny(licence, folder, "--train-iters", 4, "--residual-connection", method, *flags)) == 0
+        found.append(losses(folder))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -28,8 +28,19 @@ CASES = [
     ("hyper-layernorm", 3, 48, 6, True),
     ("frac", 4, 48, 5, True),
     ("frac", 3, 48, 5, False),
+    ("mhc", 4, 48, 18, True),
+    ("mhc", 3, 40, 5, True),
+    ("mhc", 2, 64, 7, False),
+    ("mhc-static", 4, 48, 3, True),
 ]
-GPU_CASES = [("hyper", n, d, tokens, True) for n in (1, 2, 3, 4, 8) for d in (48, 320, 1024) for tokens in (1, 7, 1000)]
+GPU_CASES = [
+    (kind, n, d, tokens, True)
+    for kind in ("hyper", "frac", "mhc")
+    for n in (1, 2, 3, 4, 8)
+    for d in (48, 64, 320, 1024)
+    for tokens in (1, 7, 128, 1000)
+    if kind != "mhc" or n > 1
+]
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="these are the tests that it runs")
