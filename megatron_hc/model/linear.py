@@ -139,7 +139,9 @@ class NormLayer(nn.Module):
 
     def parts(self) -> NormParts | None:
         """What ``forward`` computes, for an operation that takes the norm up; None for an RMSNorm with a bias."""
-        return None if self.kind == "RMSNorm" and self.bias is not None else NormParts(self.kind, self.weight, self.bias, self.eps)
+        if self.kind == "RMSNorm" and self.bias is not None:
+            return None
+        return NormParts(self.kind, self.weight, self.bias, self.eps)
 
     def initial(self, name: str, draw: Draw) -> Tensor:
         return torch.ones_like(self.weight, device="cpu") if name == "weight" else torch.zeros(self.weight.shape[0])
