@@ -122,11 +122,13 @@ run_job() {
     85)
       if ! is_running; then
         say "saved; Slurm is ending this job (cancelled?), so it stays out of the queue: submit it again to go on"
-      elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "saved; back into the queue"
-        sleep 300 # until Slurm ends this script
       else
-        say "saved, but the job could not be put back into the queue: submit it again"
+        say "saved; back into the queue" # said first: Slurm may end this script at once
+        if scontrol requeue "$SLURM_JOB_ID"; then
+          sleep 300
+        else
+          say "the job could not be put back into the queue: submit it again"
+        fi
       fi
       ;;
     *) say "ended with exit code $code" ;;
