@@ -132,7 +132,7 @@ class Cluster:
         """What scontrol shows of a job: JobState, Restarts, ExitCode, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number)))
 
-    def wait_for_end(self, number: str, log: Path, timeout_s: float = 300.0) -> dict[str, str]:
+    def wait_for_end(self, number: str, log: Path, timeout_s: float = 600.0) -> dict[str, str]:
         """A job, once it will not run any more. One that is put back waits for 6 s: until then slurmd refuses it."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
