@@ -20,6 +20,7 @@ from megatron_hc.launch import one_voice
 if TYPE_CHECKING:
     from megatron_hc.inference import Engine, Loaded
 
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections: else they send requests into one that is closing
 TOKEN_VARIABLE = "MEGATRON_HC_SERVE_TOKEN"
 
 
@@ -145,6 +146,7 @@ def serve(arguments: argparse.Namespace, token: str | None, engine: Engine, load
         port=arguments.port,
         log_level="warning",
         timeout_graceful_shutdown=arguments.shutdown_timeout,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
     socket = config.bind_socket()
     address, port = socket.getsockname()[:2]
