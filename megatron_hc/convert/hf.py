@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc.cli_options import dump, from_flat, options
-from megatron_hc.config import DataConfig, ModelConfig, TrainConfig
+from megatron_hc.config import ModelConfig, TrainConfig
 from megatron_hc.convert import tokenizers
 from megatron_hc.convert.checkpoints import Folder, new_folder, save_weights
 from megatron_hc.convert.custom import name_of, write_code
@@ -21,6 +21,7 @@ from megatron_hc.convert.families import arguments_of, config_of, family_of, mod
 from megatron_hc.convert.names import NAMES, Names
 from megatron_hc.convert.pieces import Piece, all_pieces
 from megatron_hc.convert.shards import ShardedFolder, ShardWriter, Spec, read_json
+from megatron_hc.data import tokenizer_of
 from megatron_hc.model.gpt import GPT
 
 ORIGIN = "checkpoint"
@@ -82,16 +83,8 @@ def training_config(
         config.model.validate()
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'} cannot be a model here: {error}") from error
-    if config.data.tokenizer_type != "NullTokenizer":
-        check_tokenizer(config.data)
+    tokenizer_of(config.data)  # refuses one with more tokens than the model has rows
     return config
-
-
-def check_tokenizer(data: DataConfig) -> None:
-    """Refuse a tokenizer with more tokens than the model has rows."""
-    from megatron_hc.data import tokenizer_of
-
-    tokenizer_of(data)
 
 
 def origins_of(config: TrainConfig) -> dict[str, str]:
@@ -205,6 +198,8 @@ def export_hf(load: str, save: str, *, step: int | None, family: str | None, opt
             hf_config = config_of(chosen, model, vocab_size, dtype)
         text = json.dumps(hf_config | extra, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
+    if config.data.tokenizer_type in ("ByteTokenizer", "TikTokenizer"):
+        options.say(f"no tokenizer files: transformers has none for --tokenizer-type {config.data.tokenizer_type}")
     code = "modelling code of its own (load it with trust_remote_code=True)" if chosen is None else f"family {chosen}"
     options.say(f"{len(pieces)} tensors of {source.path} in {target}: {code}")
     return target
