@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--input", type=Path, required=True, help="the text")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16], help="depths, the base first")
-    parser.add_argument("--exponents", type=int, nargs="+", default=[-9, -8, -7, -6, -5], help="log2 of the rates")
+    parser.add_argument("--exponents", type=int, nargs="+", default=[-9, -8, -7, -6, -5, -4], help="log2 of the rates")
     parser.add_argument("--iterations", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2, help="runs with seeds 1 .. N are averaged (default: 2)")
     options = parser.parse_args(argv)

@@ -369,8 +369,10 @@ def draw(results: Sequence[Result], summaries: Sequence[Summary], title: str, ou
         left.plot(*zip(*run.curve, strict=True), color=colour, lw=0.8, alpha=0.5)
         if run.validation:
             left.plot(*zip(*run.validation, strict=True), "o-", color=colour, ms=3, lw=1.3, label=run.name)
-    late = [y for run in mean_curves(results, summaries) for _, y in run.curve[len(run.curve) // 8 :] + run.validation]
-    left.set(xlabel="tokens", ylabel="loss (points: validation)", title=title, ylim=(min(late) - 0.03, max(late)))
+    lasts = [y for run in mean_curves(results, summaries) for _, y in run.validation] or [0.0]
+    left.set(
+        xlabel="tokens", ylabel="loss (points: validation)", title=title, ylim=(min(lasts) - 0.05, max(lasts) + 0.1)
+    )
     left.legend(fontsize=7)
     left.grid(alpha=0.25)
     for row, summary in enumerate(summaries[1:]):
