@@ -147,7 +147,10 @@ def resumed(prefix: str, load: Path, folder: Path) -> list[float]:
     return losses(folder)
 
 
-@pytest.mark.parametrize("name", ["mhc", "gated", "muddformer", "frac", "dense-mhc", "laurel-pa"])
+IN_TURN = [pytest.param(name, marks=pytest.mark.slow) for name in ("muddformer", "frac", "laurel-pa", "mhc-lite")]
+
+
+@pytest.mark.parametrize("name", ["mhc", "gated", "dense-mhc", *IN_TURN])
 def test_training_goes_on(name: str, plain: tuple[str, Path], tmp_path: Path, capsys: Any) -> None:
     """The next loss is that of the plain run; new parameters move; old moments are there."""
     prefix, run = plain
