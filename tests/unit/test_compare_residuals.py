@@ -59,6 +59,14 @@ def test_tokens_to_reach() -> None:
     assert reports.tokens_to_reach(curve, 0.5) == math.inf
 
 
+def test_best_rate_is_the_lowest_point_of_a_parabola() -> None:
+    depth = tool("benchmark_depth")
+    losses = {2.0**x: (x + 6.25) ** 2 + 1 for x in (-8, -7, -6, -5)}
+    assert depth.best_rate(losses) == pytest.approx(-6.25)
+    assert depth.best_rate({**losses, 2.0**-8: 0.0}) == -8  # an end of the sweep
+    assert depth.best_rate({**losses, 2.0**-4: math.nan}) == pytest.approx(-6.25)
+
+
 def test_spikes_count_once() -> None:
     calm = [2.0 + 0.01 * (i % 5) for i in range(120)]
     assert reports.num_spikes(calm) == 0
