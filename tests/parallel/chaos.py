@@ -115,7 +115,7 @@ def _strike(plan: Disturbance) -> None:
     if plan.kind in ("SIGTERM", "SIGUSR1"):
         os.kill(os.getpid(), getattr(signal, plan.kind))
     elif plan.kind == "file size limit":
-        limit = 500 + int(40000 * plan.draw)
+        limit = 500 + int(10000 * plan.draw)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     else:
         threading.Timer(plan.delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
