@@ -268,7 +268,7 @@ def draw(title: str, stats: Stats, matrix: Sequence[Sequence[float]], num_layers
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     with exit_on_user_error("inspect_residual.py"):
-        model, tokenizer, config, folder = load_model(
+        model, tokenizer, config, folder, _ = load_model(
             options.checkpoint, options.step, device=options.device, tokenizer_model=options.tokenizer_model
         )
         tokens = tokens_of(model, tokenizer, options).to(options.device)

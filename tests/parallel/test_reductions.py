@@ -53,6 +53,7 @@ def test_no_entry_is_dead() -> None:
     gelu = {"swiglu": False, "disable_bias_linear": False}
     learned = {"position_embedding_type": "learned_absolute", "untie_embeddings_and_output_weights": True}
     configs.append(small_config(moe=moe, **gelu, **learned))
+    configs.append(small_config(qk_layernorm=True, qk_layernorm_across_heads=True))
     used = set()
     for config in configs:
         model = plan.build_model(TrainConfig(model=config), 23, Mesh())

@@ -236,7 +236,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "cut short": (cut_short, r"iteration 2: \S+safetensors has \d+ bytes instead of \d+"),
     "with a file missing": (without_a_file, r"iteration 2: \S+safetensors is missing"),
     "with a broken index": (with_a_damaged("checkpoint.json"), r"checkpoint\.json is not the index of a checkpoint"),
-    "with a broken state": (with_a_damaged("state.json"), r"state\.json cannot be read"),
+    "with a broken state": (with_a_damaged("state.json"), r"state\.json is not what was written"),
     "without that iteration": (lambda run: ["--ckpt-step", "7"], r"--ckpt-step 7 is not in \S+, which holds .*: 2"),
 }
 

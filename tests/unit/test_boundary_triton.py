@@ -46,7 +46,7 @@ GPU_CASES = [
 @pytest.mark.skipif(IS_INTERPRETED, reason="these are the tests that it runs")
 def test_in_the_interpreter() -> None:
     """In a process of its own: Triton decides when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

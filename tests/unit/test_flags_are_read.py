@@ -37,7 +37,7 @@ def owners() -> dict[str, type]:
 
 OWNERS = owners()
 ANY = "any"
-ONE_VALUE = {"orthogonal_form"}
+ONE_VALUE: set[str] = set()
 """Flags with one value that is offered and others that exist to be refused with the reason."""
 
 

@@ -137,11 +137,16 @@ def test_what_a_fresh_model_shows() -> None:
     assert not {"stream_rank", "forward_gain", "row_deviation", "value_first"} & set(plain)
 
 
+def wrapped(model: GPT) -> dict[str, tuple[object, object]]:
+    """What stands in the place of the modules' own read and write."""
+    return {name: (m.__dict__.get("read"), m.__dict__.get("write")) for name, m in model.named_modules()}
+
+
 @pytest.mark.parametrize("method", list(RESIDUALS))
 def test_every_method_is_measured_and_left_as_it_was(method: str) -> None:
     """Also with recomputed reads, whose wrappers must be put back."""
     model = build(small_config({"residual_connection": method}), "fp32", parallel=selective_recompute("residual"))
-    before = {name: module.__dict__.get("read") for name, module in model.named_modules()}
+    before = wrapped(model)
     stats = measured(model, random_tokens())
     assert all(len(row) in (3, 6, 7) for row in stats.values()) and set(stats) <= {
         *NAMES,
@@ -149,5 +154,4 @@ def test_every_method_is_measured_and_left_as_it_was(method: str) -> None:
         "backward_gain",
     }
     assert all(value is None or math.isfinite(value) for row in stats.values() for value in row)
-    assert before == {name: module.__dict__.get("read") for name, module in model.named_modules()}
-    assert model.training and all("write" not in module.__dict__ for module in model.modules())
+    assert model.training and before == wrapped(model)

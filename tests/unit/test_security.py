@@ -13,7 +13,7 @@ FILES = sorted(
     for places in ("*.py", "tools/**/*.py", "megatron_hc/**/*.py", "examples/**/*.py")
     for path in ROOT.glob(places)
 )
-PICKLE_ASKED_FOR: set[str] = set()
+PICKLE_ASKED_FOR = {"megatron_hc/convert/torch_dist.py"}
 """Files that unpickle, where the user has said --allow-pickle."""
 
 
@@ -50,8 +50,10 @@ def dangers(source: str) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_runs_what_a_file_says(file: str) -> None:
-    allowed = file in PICKLE_ASKED_FOR
-    assert [danger for danger in dangers((ROOT / file).read_text()) if not (allowed and "pickle" in danger)] == []
+    found = dangers((ROOT / file).read_text())
+    if file in PICKLE_ASKED_FOR:
+        found = [danger for danger in found if "pickle" not in danger and "torch.load" not in danger]
+    assert found == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from helpers import build, randomise, small_config
 from reference.compare import assert_equals_reference
 
-from megatron_hc.config import OWN_NORM_CONNECTIONS, REPLACING_PLACEMENTS, ResidualConfig
+from megatron_hc.config import OWN_NORM_CONNECTIONS, REPLACEABLE_CONNECTIONS, REPLACING_PLACEMENTS, ResidualConfig
 from megatron_hc.model.placement import NORM_PLACEMENTS, UnitVectors
 from megatron_hc.residual import RESIDUALS
 
@@ -101,7 +101,7 @@ def refusal(**changes: Any) -> str:
 
 
 @pytest.mark.parametrize("placement", REPLACING_PLACEMENTS)
-@pytest.mark.parametrize("method", [name for name in RESIDUALS if name != "plain"])
+@pytest.mark.parametrize("method", [name for name in RESIDUALS if name not in REPLACEABLE_CONNECTIONS])
 def test_a_norm_that_replaces_the_stream_needs_one_stream(placement: str, method: str) -> None:
     message = refusal(norm_placement=placement, residual=ResidualConfig(residual_connection=method))
     assert message.startswith(f"--norm-placement {placement} replaces the stream by its norm, which")
