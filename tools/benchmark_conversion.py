@@ -1,6 +1,6 @@
 """Peak memory and time of converting a large random checkpoint, there and back.
 
-python tools/benchmark_conversion.py --folder /tmp/convert [--gigabytes 1.5] [--shard-gigabytes 0.4]
+python tools/benchmark_conversion.py --folder DIR [--gigabytes 1.5] [--shard-gigabytes 0.4]
 
 Writes a Llama of that size in safetensors shards under --folder, converts it to a checkpoint of ours and back in
 processes of their own, compares all tensors bit by bit, and deletes what it wrote.

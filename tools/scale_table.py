@@ -35,9 +35,11 @@ MODELS = {
     f"--vocab-size 151935 --ffn-hidden-size 6144 {EXPERTS} 128 --moe-router-topk 8 --moe-ffn-hidden-size 768",
     "moe-1t": f"--num-layers 61 --hidden-size 7168 --num-attention-heads 64 --kv-channels 128 {GROUPED} 8 "
     f"--vocab-size 163839 --ffn-hidden-size 18432 {EXPERTS} 384 --moe-router-topk 8 --moe-ffn-hidden-size 2048 "
-    f"--moe-shared-expert-intermediate-size 2048 --moe-layer-freq ([0]+[1]*60)",
+    "--moe-shared-expert-intermediate-size 2048 --moe-layer-freq ([0]+[1]*60) "
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
-"""The last three: the sizes of OLMoE-1B-7B, Qwen3-30B-A3B and Kimi K2, the last with grouped queries."""
+"""The last three: the sizes of OLMoE-1B-7B, Qwen3-30B-A3B and Kimi K2, the last with grouped queries and every layer
+recomputed, without which it needs twice the memory of the GPU."""
 
 
 class Layout(NamedTuple):
@@ -116,7 +118,7 @@ def tables(models: list[str], methods: list[str], hardware: str) -> Iterator[str
             plain = None
             for method in methods:
                 for name, recompute in RECOMPUTE.items():
-                    if recompute and method in ("plain", "frac"):
+                    if recompute and (method in ("plain", "frac") or "--recompute" in MODELS[model]):
                         continue
                     block = max(2, 2 * num_layers // 8)
                     flags = f"{LLAMA} {MODELS[model]} {layout.flags} {METHODS[method].format(block=block)} {recompute}"

@@ -40,16 +40,29 @@ RECOMPUTE = {
     "selective": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
     "residual": "--recompute-granularity selective --recompute-modules residual",
 }
+TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
+PP2, SP = "--pipeline-model-parallel-size 2", "--sequence-parallel"
 LAYOUTS = {
-    "tp2": (2, "--tensor-model-parallel-size 2"),
-    "tp4-sp": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
-    "tp2-dp2": (4, "--tensor-model-parallel-size 2"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2-tp2": (4, "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2"),
+    "tp2": (2, TP2),
+    "tp4": (4, TP4),
+    "tp2-sp": (2, f"{TP2} {SP}"),
+    "tp4-sp": (4, f"{TP4} {SP}"),
+    "dp2": (2, ""),
+    "dp4": (4, ""),
+    "tp2-dp2": (4, TP2),
+    "tp2-sp-dp2": (4, f"{TP2} {SP}"),
+    "pp2": (2, PP2),
+    "pp2-tp2": (4, f"{PP2} {TP2}"),
+    "pp2-tp2-sp": (4, f"{PP2} {TP2} {SP}"),
+    "pp2-dp2": (4, PP2),
 }
 EXPERT_LAYOUTS = {
     "ep2": (2, "--expert-model-parallel-size 2"),
     "ep2-etp2": (4, "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"),
+    "ep4": (4, "--expert-model-parallel-size 4"),
+    "ep2-dp2": (4, "--expert-model-parallel-size 2"),
+    "ep2-etp1": (4, f"{TP2} {SP} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"),
+    "tp2-etp1": (2, f"{TP2} {SP} --expert-tensor-parallel-size 1"),
     "pp2-ep2": (4, "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"),
 }
 
