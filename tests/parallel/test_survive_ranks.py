@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,3 +88,35 @@ def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path: Path) ->
     with Processes(2, f"{SHARED.format(whole)} --metrics-jsonl {whole}/metrics.jsonl", whole) as undisturbed:
         assert undisturbed.wait() == [0, 0], undisturbed.output()
     assert losses(tmp_path) == losses(whole)
+
+
+SLOW_RANK, SLEEP_S = 3, 0.05
+
+
+def one_rank_is_slow(rank: int) -> None:
+    """Every layer of one rank takes longer by ``SLEEP_S``."""
+    import time
+
+    from megatron_hc.model.layer import TransformerLayer
+
+    if rank != SLOW_RANK:
+        return
+    real = TransformerLayer.forward
+
+    def forward(self: TransformerLayer, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(SLEEP_S)
+        return real(self, *args, **kwargs)
+
+    TransformerLayer.forward = forward  # type: ignore[method-assign]
+
+
+def test_log_straggler_names_the_slow_rank_of_its_stage_only(tmp_path: Path) -> None:
+    argv = f"{TINY} --pipeline-model-parallel-size 2 --train-iters 4 --log-straggler"
+    with Processes(4, argv, tmp_path, fault=one_rank_is_slow) as run:
+        assert run.wait() == [0, 0, 0, 0], run.output()
+    reports = re.findall(r"stage 0: rank (\d) ([0-9.]+) ms .* stage 1: rank (\d) ([0-9.]+) ms", run.output())
+    assert len(reports) == 4, run.output()
+    # Two micro-batches of one layer an iteration. The other stage waits for the slow rank, and must not look slow.
+    least = 2 * SLEEP_S * 1000
+    assert all(int(slowest) == SLOW_RANK and float(ms) >= least for _, _, slowest, ms in reports), reports
+    assert min(float(ms) for _, ms, _, _ in reports) < least, reports
