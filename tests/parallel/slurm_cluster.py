@@ -1,7 +1,8 @@
 """A real Slurm of several emulated nodes on this machine: any user, no munge, no configuration outside a folder.
 
-Node names are loopback addresses, so that a batch script can take the first node's name for an address. What it cannot
-show: nodes that do not reach each other by 127.0.0.1, for they do here.
+Node names are addresses, so that a batch script can take the first node's name for one. The nodes of ``Cluster`` are
+loopback addresses: they cannot show what happens where nodes do not reach each other by 127.0.0.1. Those of
+``IsolatedCluster`` can, each with a network of its own, but only root can make them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sin
 
 CONFIG = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 AuthType=auth/none
 CredType=cred/none
 AuthInfo=cred_expire=5
@@ -76,12 +77,26 @@ def _path() -> str:
 class Cluster:
     """``nodes`` nodes 127.0.0.1, 127.0.0.2, ... of 16 CPUs and 8 GPUs (/dev/null); state and logs in a folder."""
 
+    address = "127.0.0.1"
+    """Of slurmctld."""
+
     def __init__(self, folder: Path, nodes: int) -> None:
-        self.folder, self.names = folder, [f"127.0.0.{index}" for index in range(1, nodes + 1)]
+        self.folder, self.names = folder, self.addresses(nodes)
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
         for name in list(self.environment):
             if name.startswith(("SLURM_", "SBATCH_", "SRUN_")) and name != "SLURM_CONF":
                 del self.environment[name]
+
+    def addresses(self, nodes: int) -> list[str]:
+        """Names of the nodes."""
+        return [f"127.0.0.{index}" for index in range(1, nodes + 1)]
+
+    def reached_at(self, name: str) -> str:
+        """Where the slurmd of a node listens."""
+        return "127.0.0.1"
+
+    def start_node(self, name: str) -> None:
+        self.run("slurmd", "-N", name)
 
     def start(self) -> None:
         for name in ("state", "log", "run", *(f"spool-{node}" for node in self.names)):
@@ -91,14 +106,16 @@ class Cluster:
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-7]\n")
         host, port = socket.gethostname().split(".")[0], _free_ports(len(self.names) + 1)
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + index}"
+            f"NodeName={name} NodeHostname={host} NodeAddr={self.reached_at(name)} Port={port + index}"
             for index, name in enumerate(self.names, 1)
         )
-        config = CONFIG.format(host=host, user=getpass.getuser(), port=port, folder=self.folder, nodes=nodes)
+        config = CONFIG.format(
+            host=host, address=self.address, user=getpass.getuser(), port=port, folder=self.folder, nodes=nodes
+        )
         (self.folder / "slurm.conf").write_text(config)
         self.run("slurmctld")
         for name in self.names:
-            self.run("slurmd", "-N", name)
+            self.start_node(name)
         self.wait_until(
             lambda: self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * len(self.names)
         )
@@ -150,9 +167,74 @@ class Cluster:
             time.sleep(0.2)
 
 
+class IsolatedCluster(Cluster):
+    """Every node with a network of its own (address, loopback, host name) on a bridge. Needs root.
+
+    ``network``: the first three bytes of all addresses.
+    """
+
+    def __init__(self, folder: Path, nodes: int, network: str = "10.213.7") -> None:
+        self.network, self.address = network, f"{network}.1"
+        super().__init__(folder, nodes)
+        self.bridge = f"hc{os.getpid()}"
+
+    def addresses(self, nodes: int) -> list[str]:
+        return [f"{self.network}.{10 + index}" for index in range(1, nodes + 1)]
+
+    def reached_at(self, name: str) -> str:
+        return name
+
+    def why_not(self) -> str | None:
+        """Why it cannot be made here."""
+        missing = [name for name in ("ip", "nsenter", "unshare") if shutil.which(name, path=_path()) is None]
+        if missing:
+            return f"networks of their own need the programs {', '.join(missing)}"
+        made = subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True, text=True)
+        return f"no networks of their own: {made.stderr.strip()}" if made.returncode else None
+
+    def start(self) -> None:
+        self._ip(f"link add {self.bridge} type bridge", f"addr add {self.address}/24 dev {self.bridge}")
+        self._ip(f"link set {self.bridge} up")
+        for name in self.names:
+            space, cable = self._space(name), f"{self.bridge}-{name.split('.')[-1]}"
+            self._ip(f"netns add {space}", f"link add {cable} type veth peer name eth0 netns {space}")
+            self._ip(f"link set {cable} master {self.bridge} up", f"-n {space} addr add {name}/24 dev eth0")
+            self._ip(f"-n {space} link set eth0 up", f"-n {space} link set lo up")
+        super().start()
+
+    def start_node(self, name: str) -> None:
+        hosts = self.folder / f"hosts-{name}"
+        host, number = socket.gethostname().split(".")[0], name.split(".")[-1]
+        hosts.write_text(f"127.0.0.1 localhost\n{self.address} {host}\n{name} node{number}\n")
+        inside = f"mount --bind {hosts} /etc/hosts && hostname node{number} && exec slurmd -N {name}"
+        self.run("nsenter", f"--net=/run/netns/{self._space(name)}", "unshare", "--mount", "--uts", "sh", "-c", inside)
+
+    def stop(self) -> None:
+        try:
+            super().stop()
+        finally:
+            for name in self.names:
+                with contextlib.suppress(AssertionError):
+                    self._ip(f"netns del {self._space(name)}")
+            with contextlib.suppress(AssertionError):
+                self._ip(f"link del {self.bridge}")
+
+    def _space(self, name: str) -> str:
+        return f"{self.bridge}-{name.split('.')[-1]}"
+
+    def _ip(self, *commands: str) -> None:
+        for command in commands:
+            self.run("ip", *command.split())
+
+
 @contextlib.contextmanager
 def cluster(folder: Path, nodes: int) -> Iterator[Cluster]:
-    found = Cluster(folder, nodes)
+    with running(Cluster(folder, nodes)) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def running(found: Cluster) -> Iterator[Cluster]:
     try:
         found.start()
         yield found

@@ -20,6 +20,7 @@ from cells import (
     TP2,
     TP4,
     VALUES,
+    allows,
     cell_of,
     covering_rows,
     forms,
@@ -96,6 +97,23 @@ def test_everything_else_at_every_layout(runs: Runs, axes: str, other: str) -> N
     heads = HEADS if "tp" in axes else ["mha"]
     for row in product(axes=[axes], heads=heads, **{other: OTHERS[other]}):
         runs.check(cell_of(row, num_steps=5))
+
+
+OTHER_STRATEGIES = [
+    (axes, strategy)
+    for axes in AXES
+    for strategy in STRATEGIES
+    if strategy not in ("one", "optim") and allows({"axes": axes, "strategy": strategy})
+]
+"""The test above has the default, and one data-parallel rank."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "strategy"), OTHER_STRATEGIES)
+def test_everything_else_with_every_strategy(runs: Runs, axes: str, strategy: str) -> None:
+    for other, values in OTHERS.items():
+        for row in product(axes=[axes], strategy=[strategy], heads=["mha"], **{other: values}):
+            runs.check(cell_of(row, num_steps=5))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, TINY, Processes
-from slurm_cluster import Cluster, cluster, why_not
+from slurm_cluster import Cluster, IsolatedCluster, cluster, running, why_not
 
 SCRIPTS = ROOT / "examples" / "slurm"
 ITERATIONS = 150
@@ -113,7 +113,8 @@ def check_stop(slurm: Cluster, folder: Path, layout: str) -> None:
     assert f"loaded {folder / 'run'}/iter_{int(stopped[1]):07d}" in output
     assert "saved; back into the queue" in output and f"job {job.number}, start 2: starting from iteration" in output
     launcher = "Slurm" if "srun" in LAYOUTS[layout][0] else "torchrun"
-    assert output.count(f"{job.processes} processes by {launcher}, meeting at 127.0.0.") == 2
+    network = slurm.names[0].rsplit(".", 1)[0]
+    assert output.count(f"{job.processes} processes by {launcher}, meeting at {network}.") == 2
     assert sorted(path.name for path in (folder / "run").glob("*.txt")) == ["latest_checkpointed_iteration.txt"]
 
 
@@ -143,6 +144,20 @@ def test_a_node_goes_down(layout: str, slurm: Cluster, tmp_path: Path) -> None:
             slurm.run("scontrol", "update", f"nodename={lost}", "state=resume")
         slurm.wait_until(lambda: slurm.run("sinfo", "-h", "-n", lost, "-p", "low", "-o", "%T").strip() == "idle")
     assert "back into the queue" not in job.output(), "Slurm itself has put it there"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["2 nodes, srun", "2 nodes, torchrun"])
+def test_nodes_that_do_not_share_a_loopback(layout: str, tmp_path: Path) -> None:
+    """127.0.0.1 is another machine on each node, as everywhere but in this file's other tests."""
+    found = IsolatedCluster(tmp_path / "slurm", nodes=2)
+    reason = why_not() or found.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path / "job"
+    folder.mkdir()
+    with running(found):
+        check_stop(found, folder, layout)
 
 
 # ---- the scripts alone, with something quicker than training ----
