@@ -205,7 +205,8 @@ class IsolatedCluster(Cluster):
     def start_node(self, name: str) -> None:
         hosts = self.folder / f"hosts-{name}"
         host, number = socket.gethostname().split(".")[0], name.split(".")[-1]
-        hosts.write_text(f"127.0.0.1 localhost\n{self.address} {host}\n{name} node{number}\n")
+        nodes = "".join(f"{node} node{node.split('.')[-1]}\n" for node in self.names)
+        hosts.write_text(f"127.0.0.1 localhost\n{self.address} {host}\n{nodes}")
         inside = f"mount --bind {hosts} /etc/hosts && hostname node{number} && exec slurmd -N {name}"
         self.run("nsenter", f"--net=/run/netns/{self._space(name)}", "unshare", "--mount", "--uts", "sh", "-c", inside)
 
