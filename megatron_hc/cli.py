@@ -376,7 +376,8 @@ def _cleaned(found: _Found, argv: Sequence[str]) -> list[str]:
 def exit_on_user_error(prog: str) -> Iterator[None]:
     """Turn a ``ValueError`` into ``PROG: error: MESSAGE`` on stderr and exit code 2; anything else passes.
 
-    Where what reads the output has seen enough (``| head``), the tool ends without a word, exit code 1.
+    Where what reads the output has seen enough (``| head``), the tool ends without a word, exit code 1; after Ctrl-C
+    with one, exit code 130.
     ``MEGATRON_HC_TRACEBACK=1`` in the environment prints the traceback as well.
     """
     try:
@@ -386,6 +387,9 @@ def exit_on_user_error(prog: str) -> Iterator[None]:
             traceback.print_exception(error)
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        print(f"{prog}: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from error
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         raise SystemExit(1) from error

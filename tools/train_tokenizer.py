@@ -150,6 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_tokenizer.py: interrupted, nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
