@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from megatron_hc.place import Place, place_of
 
-USER_ERROR, FAILURE = 2, 1  # exit codes
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 SAVE_FAILED = 74
 """Exit code: trained to the end, but a checkpoint could not be written (EX_IOERR of sysexits.h)."""
 SAVED_TO_RESUME = 85
@@ -73,11 +73,12 @@ def one_voice(prog: str) -> Iterator[None]:
 
     Exit code 2 and one sentence for a ``ValueError`` (what the user can mend); exit code 1 and one sentence for
     ``TrainingStopped`` and for collectives that broke off or waited too long; exit code 1 and the traceback, each line
-    with the rank, for all else. ``MEGATRON_HC_TRACEBACK=1`` in the environment prints every process's traceback.
+    with the rank, for all else; exit code 130 and one sentence after Ctrl-C. ``MEGATRON_HC_TRACEBACK=1`` in the
+    environment prints every process's traceback.
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         speak(prog, error)
 
 
@@ -149,6 +150,8 @@ def _told(prog: str, error: BaseException, place: Place) -> tuple[str, int]:
     if isinstance(error, Hang):
         return _timed_out(prog, place, str(error)), FAILURE
     iteration = getattr(error, "iteration", None)
+    if isinstance(error, KeyboardInterrupt):
+        return f"{prog}: interrupted{f' at iteration {iteration}' if iteration is not None else ''}", INTERRUPTED
     where = f"{f'at iteration {iteration} ' if iteration is not None else ''}in {_own_frames(error)}"
     if _is_broken_contact(error):
         lost = f"rank {place.rank} lost another process, which ended without a word, {where}"

@@ -156,7 +156,7 @@ def train_until_stopped(run: Run) -> Progress:
         run.optimizer.wait_for_parameters()
         run.saver.wait()
         progress.exit_code = run.saver.exit_code(progress.iteration, progress.exit_code)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         note_iteration(error, progress.iteration + 1)
         raise
     finally:

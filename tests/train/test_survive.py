@@ -66,6 +66,12 @@ def test_a_signal_saves_and_ends_with_85(
     assert untimed(tmp_path) == whole
 
 
+def test_ctrl_c_ends_with_a_sentence(flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    at_iteration(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert command(flags()) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "pretrain_gpt.py: interrupted at iteration 3"
+
+
 def test_a_signal_in_the_last_iteration_is_too_late(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     at_iteration(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert command(flags("--exit-signal-handler")) == 0, "a finished run must not be started again"
