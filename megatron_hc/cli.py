@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_hc.cli_help import help_text
-from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, REPLACED, VALUE, NotNeeded
+from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, REPLACED, UNDERSCORED, VALUE, NotNeeded
 from megatron_hc.cli_options import (
     CHECKPOINT,
     COMMAND_LINE,
@@ -106,6 +106,11 @@ def _words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]
 def _is_flag(word: str) -> bool:
     """Whether ``word`` is a flag's name; -1, -1e-3, -inf, -nan and a lone dash are values."""
     return bool(re.match(r"--.|-[A-Za-z]", word)) and word.lower() not in ("-inf", "-infinity", "-nan")
+
+
+def _of_launcher(spelled: str, words: list[str]) -> bool:
+    """Whether a flag is what the deepspeed launcher adds to a script's own: LOCAL_RANK once more."""
+    return spelled in ("--local_rank", "--local-rank") and words == [os.environ.get("LOCAL_RANK")]
 
 
 def _known_names() -> list[str]:
@@ -292,6 +297,7 @@ def parse(argv: Sequence[str], *, base: Base | None = None, prog: str = "pretrai
     if any(spelled in ("--help", "-h") for spelled, _ in flags):
         print(help_text(prog))
         raise SystemExit(0)
+    flags = [(UNDERSCORED.get(spelled, spelled), words) for spelled, words in flags if not _of_launcher(spelled, words)]
     found = _Found()
     if stray:
         found.errors.append(f"{show(' '.join(stray))} stands before any flag")

@@ -22,8 +22,12 @@ ALIASES: dict[str, dict[str, str]] = {
     "wandb_name": {"wandb_exp_name": VALUE},
     "enable_mhc_connections": {"residual_connection": "mhc"},
     "mhc_num_residual_streams": {"residual_streams": VALUE},
+    "cpu_optimizer": {"optimizer_cpu_offload": "true"},
 }
 """Other spelling -> {field: fixed value, or VALUE}. Without a VALUE the flag stands alone (``--flag``; YAML: true)."""
+
+UNDERSCORED = {"--deepspeed_config": "--deepspeed-config"}
+"""Flags that DeepSpeed spells with an underscore, and their spelling here."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ REPLACED: dict[str, str] = {
     "distribute_saved_activations": "use --sequence-parallel, which keeps a part of the streams on each process",
     "mhc_recompute_layer_num": "use --residual-recompute-interval with twice its number: it counts boundaries, "
     "of which a layer has two",
+    "deepspeed_activation_checkpointing": "use --recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
     "decoder_seq_length": "there is no encoder: use --seq-length",
 }
 """Flag that is not offered -> what to do instead."""
@@ -104,6 +110,7 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "ddp_num_buckets": NotNeeded(_SCHEDULE, 1),
     "ddp_average_in_collective": NotNeeded("only picks where the mean is taken"),
     "use_ring_exchange_p2p": NotNeeded(_SCHEDULE),
+    "no_pipeline_parallel": NotNeeded("without --pipeline-model-parallel-size there is none"),
     "no_overlap_p2p_communication": NotNeeded(_SCHEDULE),
     "context_parallel_size": NotNeeded(
         "there is no context parallelism; --sequence-parallel shards sequences in tensor-parallel groups", 1, ("1",)

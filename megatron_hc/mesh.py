@@ -108,7 +108,7 @@ def join(config: TrainConfig) -> Mesh:
     place = place_of()
     rank, world_size = place.rank, place.world_size
     device = _device(config.parallel.device, place)
-    if config.parallel.optimizer_cpu_offload and device == "cpu":
+    if config.parallel.optimizer_cpu_offload and device == "cpu" and not config.zero.deepspeed:
         raise ValueError("--optimizer-cpu-offload needs a GPU, and here is none: leave it out")
     if world_size == 1:
         return Mesh(device=device)

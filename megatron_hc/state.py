@@ -20,7 +20,7 @@ from megatron_hc.stored import Stored
 def model_tensors(model: GPT, placed: dict[str, Placement]) -> dict[str, Stored]:
     """'model.NAME' -> this rank's part of the parameter."""
     return {
-        f"model.{name}": stored(model, placed, name, parameter.detach(), (0, parameter.shape[0]))
+        f"model.{name}": stored(model, placed, name, [((0,) * parameter.dim(), parameter.detach())], parameter.dtype)
         for name, parameter in model.named_parameters()
     } | _buffers(model)
 
@@ -80,8 +80,8 @@ def training_tensors(
         kinds = {"model": slot.master}
         if with_optimizer:
             kinds |= {"optimizer.exp_avg": slot.exp_avg, "optimizer.exp_avg_sq": slot.exp_avg_sq}
-        for kind, rows in kinds.items():
-            tensors[f"{kind}.{slot.name}"] = stored(model, placed, slot.name, rows, slot.rows)
+        for kind, tensor in kinds.items():
+            tensors[f"{kind}.{slot.name}"] = stored(model, placed, slot.name, slot.boxes(tensor), tensor.dtype)
     return tensors | _buffers(model)
 
 

@@ -37,6 +37,7 @@ from megatron_hc.model.gpt import GPT
 from megatron_hc.optim import BatchSchedule, LearningRate, WeightDecay, parameter_groups
 from megatron_hc.parallel.collectives import all_reduce
 from megatron_hc.parallel.data import DataParallelOptimizer, StepStats
+from megatron_hc.parallel.deepspeed import DeepSpeedOptimizer, check_deepspeed
 from megatron_hc.parallel.expert import begin_step as begin_routers
 from megatron_hc.parallel.expert import finish_step as finish_routers
 from megatron_hc.parallel.fsdp import cast_what_is_left, shard_fully
@@ -168,7 +169,9 @@ def train_until_stopped(run: Run) -> Progress:
 def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = None) -> Run:
     """Check everything that can be wrong, then build it, then load; ``mesh``: of processes that are already joined."""
     config = parsed.config
-    mesh = build_mesh(config) if mesh is None else mesh
+    if mesh is None:
+        check_deepspeed(config, place_of().world_size)
+        mesh = build_mesh(config)
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
         check_not_locked(config.checkpoint.save, mesh)
@@ -259,8 +262,11 @@ def build_optimizer(config: TrainConfig, model: GPT, placed: dict[str, Placement
     shardings = sharding_of(config.parallel, mesh), expert_sharding_of(config.parallel, mesh)
     is_cast = fully and shard_fully(model, model.stage_layers(), mesh, *shardings, dtype)
     dtypes = {name: parameter_dtype(module, dtype) for name, module, _ in owned_parameters(model)}
+    groups = parameter_groups(model, config.model)
+    if config.zero.deepspeed:
+        return DeepSpeedOptimizer(model, groups, config, mesh, dtype, placed)
     optimizer = DataParallelOptimizer(
-        parameter_groups(model, config.model),
+        groups,
         config.optimizer,
         config.parallel,
         mesh,

@@ -22,6 +22,7 @@ from megatron_hc.config.parallel import ParallelConfig
 from megatron_hc.config.residual import RESIDUAL_CONNECTIONS, ResidualConfig
 from megatron_hc.config.run import TrainConfig, leaf_fields
 from megatron_hc.config.training import LogConfig, TrainingConfig
+from megatron_hc.config.zero import ZeroConfig
 
 __all__ = [
     "DataConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "ResidualConfig",
     "TrainConfig",
     "TrainingConfig",
+    "ZeroConfig",
     "flag",
     "leaf_fields",
 ]

@@ -270,10 +270,6 @@ class ParallelConfig:
             strategy != "no_shard" or not self.overlap_param_gather,
             f"--overlap-param-gather needs {name} optim, not no_shard, where no parameter is gathered",
         )
-        require(
-            not self.optimizer_cpu_offload or self.device != "cpu",
-            "--optimizer-cpu-offload needs --device cuda, not cpu, where everything is in CPU memory",
-        )
 
     def validate(self, model: ModelConfig) -> None:
         self._validate_tensor_parallel(model)

@@ -12,6 +12,7 @@ from megatron_hc.config.model import ModelConfig
 from megatron_hc.config.optimizer import OptimizerConfig
 from megatron_hc.config.parallel import ParallelConfig
 from megatron_hc.config.training import CheckpointConfig, LogConfig, TrainingConfig
+from megatron_hc.config.zero import ZeroConfig
 from megatron_hc.pipeline_layout import check_micro_batches
 
 
@@ -23,6 +24,8 @@ class TrainConfig:
     """The decoder."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The layout."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """DeepSpeed."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -68,6 +71,11 @@ class TrainConfig:
         if self.checkpoint.moe_use_upcycling:
             self._validate_upcycling()
         self._validate_kernels()
+        self.zero.validate(self.parallel, self.training)
+        require(
+            not self.parallel.optimizer_cpu_offload or self.parallel.device != "cpu" or self.zero.deepspeed,
+            "--optimizer-cpu-offload needs --device cuda, not cpu, where everything is in CPU memory",
+        )
 
     def _validate_kernels(self) -> None:
         backend = self.model.fused_residual_backend

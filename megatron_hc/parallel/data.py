@@ -123,15 +123,16 @@ class DataParallelOptimizer:
 
     def _sum_partial(self) -> None:
         """After the data-parallel sum, on this rank's rows: so a bucket can start while gradients are still coming."""
-        parts: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+        parts: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
         for slot in self.slots:
             name = slot.placement.sum_over
             if name is not None and self.mesh.group(name) is not None:
                 for holders, part in _pieces(slot, slot.grad):
                     if holders > 1:
-                        parts.setdefault((name, part.dtype), []).append(part)
-        for (name, _), grads in parts.items():
-            flat = all_reduce(torch.cat([grad.flatten() for grad in grads]), self.mesh.group(name))
+                        parts.setdefault((name, part.dtype, part.device), []).append(part)
+        for (name, _, _), grads in parts.items():
+            flat = torch.cat([grad.flatten() for grad in grads]).to(self.mesh.device)
+            all_reduce(flat, self.mesh.group(name))
             for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
 
@@ -162,13 +163,13 @@ class DataParallelOptimizer:
     ) -> Tensor:
         """``_total`` in several parts [num_rows]; ``rows``: which one each slot counts in."""
         assert callable(measure)
-        by_holders: dict[tuple[bool, int, int], list[Tensor]] = {}
+        by_holders: dict[tuple[bool, int, int, torch.device], list[Tensor]] = {}
         for slot, tensor, row in zip(self.slots, tensors, rows, strict=True):
             for holders, part in _pieces(slot, tensor):
-                by_holders.setdefault((slot.placement.is_expert, row, holders), []).append(part)
+                by_holders.setdefault((slot.placement.is_expert, row, holders, part.device), []).append(part)
         # What the ranks of a tensor-parallel group are to a dense parameter, those of a block are to an expert's.
         totals = torch.zeros(2, num_rows, dtype=promote(self.slots[0].master.dtype), device=self.mesh.device)
-        for (is_expert, row, holders), parts in by_holders.items():
+        for (is_expert, row, holders, _), parts in by_holders.items():
             totals[int(is_expert), row] += measure(parts) / holders
         for total, sharding, axis in zip(
             totals.unbind(), (self.sharding, self.expert_sharding), ("tp", "experts"), strict=True
@@ -181,28 +182,35 @@ class DataParallelOptimizer:
         """Clip and update: ``learning_rate`` and ``weight_decay`` are this step's, times the group's multipliers."""
         self.num_steps += 1
         zeros = round(float(self._total(num_zeros, (slot.grad for slot in self.slots)))) if count_zeros else None
-        clip = clip_coefficient(grad_norm, self.config.clip_grad)
+        self._update(clip_coefficient(grad_norm, self.config.clip_grad), learning_rate, weight_decay)
+        return StepStats(grad_norm, zeros)
+
+    def _update(self, clip: float, learning_rate: float, weight_decay: float) -> None:
+        """New weights, from gradients times ``clip``."""
+        self._adamw(self.slots, clip, learning_rate, weight_decay)
+        self.update_parameters()
+
+    def _adamw(self, slots: Iterable[Slot], clip: float, learning_rate: float, weight_decay: float) -> None:
+        """AdamW on the master weights."""
         kinds: dict[tuple[bool, float, float, torch.dtype], list[Slot]] = {}
-        for slot in self.slots:
+        for slot in slots:
             if slot.master.numel() > 0:
                 kinds.setdefault((slot.decays, slot.lr_mult, slot.eps_mult, slot.master.dtype), []).append(slot)
-        for (decays, lr_mult, eps_mult, _), slots in kinds.items():
-            grads = [slot.grad for slot in slots if slot.grad is not None]
+        for (decays, lr_mult, eps_mult, _), alike in kinds.items():
+            grads = [slot.grad for slot in alike if slot.grad is not None]
             if clip < 1.0:
                 torch._foreach_mul_(grads, clip)
             adamw_step(
-                [slot.master for slot in slots],
-                [grad.to(slot.master.device) for slot, grad in zip(slots, grads, strict=True)],
-                [slot.exp_avg for slot in slots],
-                [slot.exp_avg_sq for slot in slots],
+                [slot.master for slot in alike],
+                [grad.to(slot.master.device) for slot, grad in zip(alike, grads, strict=True)],
+                [slot.exp_avg for slot in alike],
+                [slot.exp_avg_sq for slot in alike],
                 step=self.num_steps,
                 lr=learning_rate * lr_mult,
                 betas=(self.config.adam_beta1, self.config.adam_beta2),
                 eps=self.config.adam_eps * eps_mult,
                 weight_decay=weight_decay if decays else 0.0,
             )
-        self.update_parameters()
-        return StepStats(grad_norm, zeros)
 
     @torch.no_grad()
     def update_parameters(self) -> None:
@@ -222,11 +230,6 @@ class DataParallelOptimizer:
 def _pieces(slot: Slot, tensor: Tensor | None) -> Iterable[tuple[int, Tensor]]:
     """(number of tensor-parallel holders, their part) of a tensor with this rank's rows of a parameter; views."""
     assert tensor is not None, "reduce_gradients comes first"
-    for piece in slot.placement.pieces:
-        first, last = piece.local, piece.local + piece.length
-        if slot.placement.dim == 0:
-            first, last = max(first, slot.rows[0]) - slot.rows[0], min(last, slot.rows[1]) - slot.rows[0]
-        if last - first == tensor.shape[slot.placement.dim]:
-            yield piece.holders, tensor
-        elif first < last:
-            yield piece.holders, tensor.narrow(slot.placement.dim, first, last - first)
+    for box in slot.boxes(tensor):
+        for piece, _, values in slot.placement.overlaps(box):
+            yield piece.holders, values

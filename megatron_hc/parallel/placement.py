@@ -7,6 +7,7 @@ several ranks share.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from megatron_hc.mesh import ExpertRanks
 from megatron_hc.stored import Stored
+
+Box = tuple[tuple[int, ...], Tensor]
+"""(offset in this rank's part of a parameter, the values there)"""
 
 
 class Piece(NamedTuple):
@@ -45,27 +49,32 @@ class Placement(NamedTuple):
         """The whole tensor -> this rank's part, a new tensor."""
         return torch.cat([whole.narrow(self.dim, piece.whole, piece.length) for piece in self.pieces], dim=self.dim)
 
-    def stored(self, local: Tensor, rows: tuple[int, int], stored_length: int) -> Stored:
-        """The slices of a checkpoint tensor that ``local`` holds.
+    def overlaps(self, box: Box) -> Iterator[tuple[Piece, int, Tensor]]:
+        """Where pieces lie in a box of this rank's part: (piece, first index along ``dim`` here, a view of the box)."""
+        offset, values = box
+        start, length = offset[self.dim], values.shape[self.dim]
+        for piece in self.pieces:
+            first, last = max(piece.local, start), min(piece.local + piece.length, start + length)
+            if first < last:
+                whole = last - first == length
+                yield piece, first, values if whole else values.narrow(self.dim, first - start, last - first)
 
-        local: rows ``rows[0] .. rows[1]`` (a data-parallel shard) of this rank's part. stored_length: what a checkpoint
-        keeps along ``dim``: padding beyond it is left out.
+    def stored(self, boxes: Iterable[Box], dtype: torch.dtype, stored_length: int) -> Stored:
+        """The slices of a checkpoint tensor that boxes of this rank's part hold.
+
+        stored_length: what a checkpoint keeps along ``dim``: padding beyond it is left out.
         """
         whole_shape = [*self.whole_shape]
         whole_shape[self.dim] = stored_length
         slices = []
-        for piece in self.pieces:
-            first, last = piece.local, piece.local + min(piece.length, max(stored_length - piece.whole, 0))
-            offset = [0] * len(whole_shape)
-            if self.dim == 0:
-                first, last = max(first, rows[0]), min(last, rows[1])
-                offset[0] = piece.whole + first - piece.local
-                first, last = first - rows[0], last - rows[0]
-            else:
-                offset[0], offset[self.dim] = rows[0], piece.whole
-            if first < last and local.numel() > 0:
-                slices.append((tuple(offset), local.narrow(self.dim, first, last - first)))
-        return Stored(tuple(whole_shape), local.dtype, tuple(slices))
+        for box in boxes:
+            for piece, first, values in self.overlaps(box):
+                offset = [*box[0]]
+                offset[self.dim] = piece.whole + first - piece.local
+                length = min(values.shape[self.dim], stored_length - offset[self.dim])
+                if length > 0:
+                    slices.append((tuple(offset), values.narrow(self.dim, 0, length)))
+        return Stored(tuple(whole_shape), dtype, tuple(slices))
 
 
 def whole(shape: tuple[int, ...], holders: int, sum_over: str | None) -> Placement:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from megatron_hc.model.attention import Attention
 from megatron_hc.model.gpt import GPT, padded_vocab_size
 from megatron_hc.model.linear import NormLayer, Parts
 from megatron_hc.parallel.expert import spread_experts
-from megatron_hc.parallel.placement import Placement, even, expert_rows, grouped_queries, held_twice, whole
+from megatron_hc.parallel.placement import Box, Placement, even, expert_rows, grouped_queries, held_twice, whole
 from megatron_hc.parallel.recompute import layer_runner, recompute_modules
 from megatron_hc.parallel.tensor import (
     ColumnParallelLinear,
@@ -221,8 +221,10 @@ def draw_for(name: str, seed: int) -> Draw:
     return draw
 
 
-def stored(model: GPT, placed: dict[str, Placement], name: str, local: Tensor, rows: tuple[int, int]) -> Stored:
+def stored(
+    model: GPT, placed: dict[str, Placement], name: str, boxes: Iterable[Box], dtype: torch.dtype
+) -> Stored:
     """What a checkpoint holds of a parameter or of its optimizer state; the vocabulary's padding is left out."""
     placement = placed[name]
     is_vocab = name in ("embedding.weight", "output_layer.weight")
-    return placement.stored(local, rows, model.vocab_size if is_vocab else placement.whole_shape[placement.dim])
+    return placement.stored(boxes, dtype, model.vocab_size if is_vocab else placement.whole_shape[placement.dim])

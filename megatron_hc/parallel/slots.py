@@ -6,6 +6,7 @@ own rows (dim 0 in equal parts, the last ones short or empty), and ``replicas`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from megatron_hc.config import ParallelConfig
 from megatron_hc.mesh import Mesh
 from megatron_hc.parallel.collectives import Group, group_rank, group_size
-from megatron_hc.parallel.placement import Placement
+from megatron_hc.parallel.placement import Box, Placement
 
 
 class Sharding(NamedTuple):
@@ -102,6 +103,10 @@ class Slot:
         """This rank's rows of the parameter itself, a view."""
         return local(self.parameter.detach()) if self.is_fully_sharded else self.parameter[self.rows[0] : self.rows[1]]
 
+    def boxes(self, tensor: Tensor) -> list[Box]:
+        """A tensor of this rank's rows (master, moment, gradient), as views that say where they lie."""
+        return [((self.rows[0], *[0] * (tensor.dim() - 1)), tensor)] if tensor.numel() > 0 else []
+
     def accumulate(self) -> None:
         """Move a micro-batch's gradient into the wide sum and free it."""
         grad = self.parameter.grad
@@ -116,6 +121,46 @@ class Slot:
         """Elements of one (the largest) shard."""
         length = self.parameter.shape[0]
         return -(-length // shards) * (self.parameter.numel() // max(length, 1))
+
+
+@dataclass
+class FlatSlot(Slot):
+    """A parameter of which this rank has a run of elements, wherever rows begin; master and moments are 1-d.
+
+    Somebody else reduces its gradient and updates its master weights: DeepSpeed (parallel/deepspeed.py).
+    """
+
+    shape: tuple[int, ...] = ()
+    """Of this rank's whole part; the parameter itself may be empty (ZeRO-3)."""
+    start: int = 0
+    """First element of the run in the part, flattened."""
+
+    @property
+    def local_gradient(self) -> Tensor:
+        """Nothing: by the time anybody asks, it has been added to those of other ranks."""
+        return self.master.new_zeros(0)
+
+    def boxes(self, tensor: Tensor) -> list[Box]:
+        return list(boxes_of(tensor, self.start, self.shape))
+
+
+def boxes_of(run: Tensor, start: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    """A run of elements of a tensor of ``shape``, flattened, as boxes of it: the end of a row, whole rows, a start."""
+    if run.numel() == 0:
+        return
+    if len(shape) == 1:
+        yield (start,), run
+        return
+    size = math.prod(shape[1:])
+    row, within = divmod(start, size)
+    if within > 0 or run.numel() < size:
+        length = min(size - within, run.numel())
+        for offset, values in boxes_of(run[:length], within, shape[1:]):
+            yield (row, *offset), values.unsqueeze(0)
+    else:
+        length = run.numel() // size * size
+        yield (row, *[0] * (len(shape) - 1)), run[:length].view(-1, *shape[1:])
+    yield from boxes_of(run[length:], start + length, shape)
 
 
 Bucket = list[Slot]

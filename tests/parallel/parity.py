@@ -211,8 +211,10 @@ def move_off_initial_values(run: train.Run, scale: float = 0.25) -> None:
     }
     for slot in run.optimizer.slots:
         if slot.name not in random:
-            noise = draw_for(slot.name, 0)("noise", slot.placement.whole_shape, scale)
-            slot.master += slot.placement.cut(noise)[slot.rows[0] : slot.rows[1]].to(slot.master.dtype)
+            noise = slot.placement.cut(draw_for(slot.name, 0)("noise", slot.placement.whole_shape, scale))
+            for offset, box in slot.boxes(slot.master):
+                place = tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))
+                box += noise[place].to(box.dtype)
     run.optimizer.update_parameters()
     run.optimizer.wait_for_parameters()
 
@@ -221,7 +223,7 @@ def gradient_pieces(run: train.Run) -> dict[str, Pieces]:
     found = {}
     for slot in run.optimizer.slots:
         assert slot.grad is not None
-        part = stored(run.model, run.placed, slot.name, slot.grad, slot.rows)
+        part = stored(run.model, run.placed, slot.name, slot.boxes(slot.grad), slot.grad.dtype)
         slices = tuple((offset, values.double().numpy().copy()) for offset, values in part.slices)
         found[slot.name] = Pieces(part.shape, slices)
     return found

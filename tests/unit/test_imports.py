@@ -79,6 +79,8 @@ ONLY = {
     "parallel/pipeline.py": {"model"},
     "parallel/stages.py": {"model", "residual"},
     "parallel/data.py": {"optim"},  # updates its shards
+    "parallel/deepspeed.py": {"optim"},
+    "parallel/deepspeed_state.py": {"optim"},
 }
 """What single files may import beyond their part."""
 
