@@ -32,6 +32,7 @@ EXTRAS = {
         "matplotlib",
         "datasets>=5.0",
         "accelerate",
+        "deepspeed>=0.19",
         "fastapi>=0.115",
         "httpx",
         "lm-eval==0.4.13",

@@ -106,6 +106,11 @@ def estimate(config: TrainConfig, hardware: Hardware, world_size: int, vocab_siz
     """
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, device="cpu"))
     config.validate(world_size)
+    if config.zero.deepspeed:
+        raise ValueError(
+            "--deepspeed is not estimated: leave it out; its ZeRO-1 needs about what the default needs, its ZeRO-3 "
+            "what --data-parallel-sharding-strategy optim_grads_params needs"
+        )
     layout = config.parallel.pipeline_layout(config.model.num_layers)
     ranks = [PaperRank(config, world_size, rank, vocab_size) for rank in stage_ranks(config, world_size)]
     traces: list[StageTrace] = [trace(ranks[layout.rank_of(stage)], stage) for stage in range(layout.num_stages)]

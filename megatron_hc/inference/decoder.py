@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_hc.config import TrainConfig
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
+from megatron_hc.parallel.deepspeed_config import settings_of
 from megatron_hc.parallel.stages import boundary_of, leave, method_of
 from megatron_hc.residual import Carry, unflatten
 
@@ -30,6 +31,7 @@ def check_can_write(config: TrainConfig, mesh: Mesh) -> None:
         "--sequence-parallel": mesh.sequence_parallel,
         f"--pipeline-schedule {layout.schedule}": layout.stages_per_rank > 1,
         f"--data-parallel-sharding-strategy {strategy}": strategy == "optim_grads_params",
+        "--deepspeed at ZeRO stage 3": config.zero.deepspeed and settings_of(config, mesh.size("dp")).stage == 3,
         "experts shared out over data-parallel processes": mesh.experts.ranks * mesh.experts.parts > mesh.size("tp"),
     }
     given = [name for name, is_given in reasons.items() if is_given]

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_hc import checkpoint
 from megatron_hc.cli import from_flat
-from megatron_hc.config import ParallelConfig, TrainConfig
+from megatron_hc.config import ParallelConfig, TrainConfig, ZeroConfig
 from megatron_hc.data.tokenizer import Tokenizer, tokenizer_of
 from megatron_hc.launch import place_of
 from megatron_hc.mesh import Mesh, join
@@ -113,7 +113,7 @@ def empty_model(config: TrainConfig, vocab_size: int, mesh: Mesh) -> tuple[GPT, 
 
 def single_process(config: TrainConfig) -> TrainConfig:
     """The same model in one process, nothing recomputed."""
-    return dataclasses.replace(config, parallel=ParallelConfig())
+    return dataclasses.replace(config, parallel=ParallelConfig(), zero=ZeroConfig())
 
 
 def inference_layout(

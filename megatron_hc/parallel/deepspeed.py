@@ -12,7 +12,6 @@ DeepSpeed lays parameters one behind the other and cuts that into equal runs, so
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +24,7 @@ from megatron_hc.config import OptimizerConfig, TrainConfig
 from megatron_hc.mesh import Mesh
 from megatron_hc.optim import ParameterGroup
 from megatron_hc.parallel.data import DataParallelOptimizer
-from megatron_hc.parallel.deepspeed_config import settings_of
+from megatron_hc.parallel.deepspeed_config import Settings, settings_of
 from megatron_hc.parallel.deepspeed_state import FlatAdamW, sharded_state
 from megatron_hc.parallel.placement import Placement
 from megatron_hc.parallel.plan import cast_parameters, owned_parameters, parameter_dtype
@@ -50,8 +49,8 @@ def check_deepspeed(config: TrainConfig, world_size: int) -> None:
             f"--deepspeed needs DeepSpeed {OLDEST[0]}.{OLDEST[1]}, and {found} is installed: pip install --upgrade "
             "'megatron_hc[deepspeed]'"
         )
-    stage = settings_of(config, config.parallel.data_parallel_size(world_size))["zero_optimization"]["stage"]
-    if stage == 3 and config.training.compile:
+    settings = settings_of(config, config.parallel.data_parallel_size(world_size))
+    if settings.stage == 3 and config.training.compile:
         raise ValueError(
             "--compile and --deepspeed at ZeRO stage 3 exclude each other: compiled layers do not fetch parameters; "
             "take --zero-stage 2, or leave out --compile"
@@ -81,7 +80,7 @@ class DeepSpeedOptimizer(DataParallelOptimizer):
         }
         super().__init__(_part(groups, owners.keys() - taken), config.optimizer, config.parallel, mesh, dtypes, placed)
         settings = settings_of(config, mesh.size("dp"))
-        self.is_fully_sharded = settings["zero_optimization"]["stage"] == 3
+        self.is_fully_sharded = settings.stage == 3
         groups = _part(groups, taken)
         initial = {name: p.detach() for group in groups for name, p in group["params"]}
         shapes = {name: tuple(value.shape) for name, value in initial.items()}
@@ -245,7 +244,7 @@ def _alone(mesh: Mesh) -> Any:
 
 
 def _engine(
-    model: nn.Module, groups: Sequence[ParameterGroup], settings: Mapping[str, Any], config: OptimizerConfig, mesh: Mesh
+    model: nn.Module, groups: Sequence[ParameterGroup], settings: Settings, config: OptimizerConfig, mesh: Mesh
 ) -> Any:
     """DeepSpeed's engine around the model."""
     deepspeed = _import_for(mesh)
@@ -264,11 +263,11 @@ def _engine(
         for group in groups
     ]
     betas = (config.adam_beta1, config.adam_beta2)
-    is_offloaded = "offload_optimizer" in settings["zero_optimization"]
-    optimizer = _cpu_adam(flat_groups, betas) if is_offloaded else FlatAdamW(flat_groups, betas)
-    # Copied: DeepSpeed writes into it.
-    arguments = {"config": copy.deepcopy(dict(settings)), "mpu": MeshUnits(mesh)}
-    return deepspeed.initialize(model=_Passes(model), optimizer=optimizer, **arguments)[0]
+    optimizer = FlatAdamW(flat_groups, betas) if settings.takes_torch_adam else _cpu_adam(flat_groups, betas)
+    engine, *_ = deepspeed.initialize(
+        model=_Passes(model), optimizer=optimizer, config=settings.engine, mpu=MeshUnits(mesh)
+    )
+    return engine
 
 
 def _import_for(mesh: Mesh) -> Any:
@@ -299,5 +298,5 @@ def _cpu_adam(groups: Sequence[dict[str, Any]], betas: tuple[float, float]) -> t
         reason = " ".join(str(error.__cause__ or error).split())[-200:]
         raise ValueError(
             "DeepSpeed builds its Adam for the CPU at the first use, and could not: install a C++ compiler (g++) and "
-            f"ninja, or leave out --optimizer-cpu-offload and zero_optimization.offload_optimizer ({reason})"
+            f"ninja, or write optimizer.params.torch_adam true into --deepspeed-config for torch's ({reason})"
         ) from error

@@ -8,7 +8,7 @@ change the numbers of the run or do nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_hc.config import TrainConfig
 
@@ -33,6 +33,18 @@ ZERO_PASSED_ON = {
 """The same in ``zero_optimization``."""
 
 OPTIMIZERS = ("adam", "adamw")
+
+
+class Settings(NamedTuple):
+    """What the file and the flags come to."""
+
+    engine: dict[str, Any]
+    """What DeepSpeed is told."""
+    stage: int
+    is_offloaded: bool
+    """Master weights and moments are in CPU memory, and updated there."""
+    takes_torch_adam: bool
+    """By torch's fused AdamW, not DeepSpeed's own for the CPU."""
 
 
 class _File:
@@ -80,15 +92,16 @@ class _File:
         return given
 
 
-def settings_of(config: TrainConfig, data_parallel_size: int) -> dict[str, Any]:
-    """What DeepSpeed is told. Raises ``ValueError`` where the file and the flags contradict each other, with both."""
+def settings_of(config: TrainConfig, data_parallel_size: int) -> Settings:
+    """Read the file. Raises ``ValueError`` where it and the flags contradict each other, with both values."""
     file = _read(config.zero.deepspeed_config)
     _check_batches(file, config, data_parallel_size)
     _check_precision(file, config)
-    _check_optimizer(file, config)
     zero = _zero_settings(file.part("zero_optimization"), config)
+    is_offloaded = "offload_optimizer" in zero
+    takes_torch_adam = _check_optimizer(file, config, is_offloaded)
     micro = config.training.micro_batch_size
-    return file.passed_on(PASSED_ON) | {
+    engine = file.passed_on(PASSED_ON) | {
         # Loss, gradient and clipping are the trainer's: no engine divides or scales them. It says itself which
         # micro-batch is the last of a step, for their number may grow (--rampup-batch-size).
         "train_micro_batch_size_per_gpu": micro,
@@ -99,8 +112,10 @@ def settings_of(config: TrainConfig, data_parallel_size: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
+    return Settings(engine, zero["stage"], is_offloaded, takes_torch_adam)
 
 
 def _read(name: str | None) -> _File:
@@ -161,7 +176,8 @@ def _check_precision(file: _File, config: TrainConfig) -> None:
     file.must_be("prescale_gradients", False, "the loss is normalised once, before the forward pass")
 
 
-def _check_optimizer(file: _File, config: TrainConfig) -> None:
+def _check_optimizer(file: _File, config: TrainConfig, is_offloaded: bool) -> bool:
+    """Whether torch's AdamW is to be used."""
     options = config.optimizer
     file.must_be("gradient_clipping", options.clip_grad, f"--clip-grad is {options.clip_grad}")
     part = file.part("optimizer")
@@ -179,7 +195,9 @@ def _check_optimizer(file: _File, config: TrainConfig) -> None:
     params.must_be("betas", betas, f"--adam-beta1 and --adam-beta2 are {betas[0]} and {betas[1]}")
     params.must_be("adam_w_mode", True, "weight decay is decoupled here (AdamW)")
     params.must_be("bias_correction", True, "moments are corrected for their bias here")
-    params.take("torch_adam")  # which implementation
+    if not is_offloaded:
+        params.must_be("torch_adam", True, "AdamW is torch's fused one where the optimizer is not offloaded")
+    takes_torch_adam = not is_offloaded or bool(params.take("torch_adam"))
     params.passed_on(set())
     part.passed_on(set())
     scheduler = file.part("scheduler")
@@ -188,6 +206,7 @@ def _check_optimizer(file: _File, config: TrainConfig) -> None:
             f"scheduler.type is {_shown(scheduler.take('type'))} in --deepspeed-config {file.name}, and "
             f"--lr-decay-style is {options.lr_decay_style}: leave the scheduler out, the flags say it"
         )
+    return takes_torch_adam
 
 
 def _zero_settings(file: _File, config: TrainConfig) -> dict[str, Any]:

@@ -87,7 +87,8 @@ class WholeParameters(ShardedState):
         if self.optimizer.cpu_offload:
             return [flat.grad for flat in self._masters()]
         averaged, found = self.optimizer.averaged_gradients, []
-        for index, parts in averaged.items():
+        for index in range(len(self._masters())):  # they came in the order of the backward pass
+            parts = averaged[index]
             flat = getattr(parts, "flat_partition", None)
             if flat is None:  # a list of pieces, which its step would join: as one piece it takes what is done to it
                 size = int(self.optimizer.partition_size[index])
