@@ -13,6 +13,7 @@ DeepSpeed lays parameters one behind the other and cuts that into equal runs, so
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -248,6 +249,7 @@ def _engine(
 ) -> Any:
     """DeepSpeed's engine around the model."""
     deepspeed = _import_for(mesh)
+    deepspeed.utils.logger.setLevel(settings.engine["log_level"].upper())
     if not torch.distributed.is_initialized():  # one process, which needs a group of its own there
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(
@@ -277,6 +279,8 @@ def _import_for(mesh: Mesh) -> Any:
     os.environ.setdefault("LOCAL_RANK", index or "0")
     import deepspeed
 
+    # torch 2.13 deprecates the names that DeepSpeed calls.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated")
     if kind == "cpu":
         # Collectives in shared memory, for inference: they would be compiled at the first use of anything.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

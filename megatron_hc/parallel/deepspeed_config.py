@@ -101,7 +101,10 @@ def settings_of(config: TrainConfig, data_parallel_size: int) -> Settings:
     is_offloaded = "offload_optimizer" in zero
     takes_torch_adam = _check_optimizer(file, config, is_offloaded)
     micro = config.training.micro_batch_size
-    engine = file.passed_on(PASSED_ON) | {
+    reports = file.passed_on(PASSED_ON)
+    engine = reports | {
+        # Its many notes are for those who ask for reports.
+        "log_level": reports.get("log_level", "info" if reports else "warning"),
         # Loss, gradient and clipping are the trainer's: no engine divides or scales them. It says itself which
         # micro-batch is the last of a step, for their number may grow (--rampup-batch-size).
         "train_micro_batch_size_per_gpu": micro,

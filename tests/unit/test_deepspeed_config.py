@@ -122,7 +122,7 @@ def test_a_file_that_agrees(tmp_path: Path) -> None:
     }"""
     found = settings(tmp_path, content)
     assert (found.stage, found.is_offloaded, found.takes_torch_adam) == (2, True, False)
-    assert found.engine["steps_per_print"] == 7
+    assert (found.engine["steps_per_print"], found.engine["log_level"]) == (7, "info")
     # DeepSpeed neither clips nor divides.
     assert found.engine["gradient_clipping"] == 0.0 and found.engine["gradient_accumulation_steps"] == 1
     assert found.engine["train_batch_size"] == 4
@@ -133,6 +133,7 @@ def test_a_file_that_agrees(tmp_path: Path) -> None:
 
 def test_without_a_file() -> None:
     assert settings_of(config_of(), 2).stage == 1
+    assert settings_of(config_of(), 2).engine["log_level"] == "warning"
     assert settings_of(config_of("--zero-stage 3"), 2).stage == 3
     assert settings_of(config_of("--optimizer-cpu-offload"), 2).is_offloaded
 
