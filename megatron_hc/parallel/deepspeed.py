@@ -266,10 +266,11 @@ def _engine(
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = FlatAdamW(flat_groups, betas) if settings.takes_torch_adam else _cpu_adam(flat_groups, betas)
-    engine, *_ = deepspeed.initialize(
-        model=_Passes(model), optimizer=optimizer, config=settings.engine, mpu=MeshUnits(mesh)
-    )
-    return engine
+    units = MeshUnits(mesh)
+    try:
+        return deepspeed.initialize(model=_Passes(model), optimizer=optimizer, config=settings.engine, mpu=units)[0]
+    except ValueError as error:  # a value that is none for its key
+        raise ValueError(f"--deepspeed-config: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
 
 
 def _import_for(mesh: Mesh) -> Any:

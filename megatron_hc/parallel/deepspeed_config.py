@@ -32,6 +32,7 @@ ZERO_PASSED_ON = {
 }  # fmt: skip
 """The same in ``zero_optimization``."""
 
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 OPTIMIZERS = ("adam", "adamw")
 
 
@@ -102,9 +103,13 @@ def settings_of(config: TrainConfig, data_parallel_size: int) -> Settings:
     takes_torch_adam = _check_optimizer(file, config, is_offloaded)
     micro = config.training.micro_batch_size
     reports = file.passed_on(PASSED_ON)
+    level = reports.get("log_level", "info" if reports else "warning")  # its many notes are for those who want some
+    if level not in LOG_LEVELS:
+        raise ValueError(
+            f"log_level is {level} in --deepspeed-config {file.name}, and must be one of {', '.join(LOG_LEVELS)}"
+        )
     engine = reports | {
-        # Its many notes are for those who ask for reports.
-        "log_level": reports.get("log_level", "info" if reports else "warning"),
+        "log_level": level,
         # Loss, gradient and clipping are the trainer's: no engine divides or scales them. It says itself which
         # micro-batch is the last of a step, for their number may grow (--rampup-batch-size).
         "train_micro_batch_size_per_gpu": micro,

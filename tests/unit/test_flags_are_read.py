@@ -1,8 +1,8 @@
 """A flag that is accepted does something: every field of the configuration is read by code that is not a check.
 
 Read means: an attribute of its name is taken from something that holds its part of the configuration (``config``, the
-part's name, a variable that was given such a value, a parameter with its type), outside of ``validate``. What only a
-property of the configuration reads counts if the property is read itself.
+part's name, a variable that was given such a value, a parameter with its type), outside of ``validate`` and of functions
+``_check_...``. What only a property of the configuration reads counts if the property is read itself.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def unread(sources: dict[str, str]) -> list[str]:
         kept = {name: kind for name, kind in names_for_parts(tree, {}).items() if name.startswith("self.")}
         for owner, function in functions(tree):
             in_config = owner in {kind.__name__ for kind in OWNERS.values()}
-            if in_config and "validate" in function.name:
+            if in_config and "validate" in function.name or function.name.startswith("_check_"):
                 continue
             known = {"self": owner} if in_config else kept
             (through.setdefault((owner, function.name), set()) if in_config else reads).update(
