@@ -1,8 +1,8 @@
 """A flag that is accepted does something: every field of the configuration is read by code that is not a check.
 
 Read means: an attribute of its name is taken from something that holds its part of the configuration (``config``, the
-part's name, a variable that was given such a value, a parameter with its type), outside of ``validate`` and of functions
-``_check_...``. What only a property of the configuration reads counts if the property is read itself.
+part's name, a variable that was given such a value, a parameter with its type), outside of ``validate`` and of
+functions ``_check_...``. What only a property of the configuration reads counts if the property is read itself.
 """
 
 from __future__ import annotations
