@@ -85,7 +85,8 @@ class WholeParameters(ShardedState):
 
     def gradients(self) -> list[Tensor]:
         if self.optimizer.cpu_offload:
-            return [flat.grad for flat in self._masters()]
+            self.optimizer._wait_for_offload_copies()
+            return _gradients_of(self._masters())
         averaged, found = self.optimizer.averaged_gradients, []
         for index in range(len(self._masters())):  # they came in the order of the backward pass
             parts = averaged[index]
@@ -99,8 +100,8 @@ class WholeParameters(ShardedState):
 
     def forget_gradients(self) -> None:
         if self.optimizer.cpu_offload:
-            for flat in self._masters():
-                flat.grad.zero_()
+            for gradient in _gradients_of(self._masters()):
+                gradient.zero_()
 
     def update_parameters(self) -> None:
         self.optimizer.update_lp_params()
@@ -120,15 +121,15 @@ class PartitionedParameters(ShardedState):
 
     def gradients(self) -> list[Tensor]:
         if self.optimizer.offload_optimizer:
-            return [flat.grad for flat in self._masters()]
+            return _gradients_of(self._masters())
         sizes = [flat.numel() for flat in self._masters()]
         return list(self.optimizer.grad_partitions_flat_buffer.split(sizes))
 
     def forget_gradients(self) -> None:
         self.optimizer.grad_partitions_flat_buffer.zero_()
         if self.optimizer.offload_optimizer:
-            for flat in self._masters():
-                flat.grad.zero_()
+            for gradient in _gradients_of(self._masters()):
+                gradient.zero_()
 
     def update_parameters(self) -> None:
         self.optimizer._partition_all_parameters()
@@ -138,6 +139,11 @@ class PartitionedParameters(ShardedState):
         persistent = self.optimizer.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
+
+
+def _gradients_of(flats: Sequence[Tensor]) -> list[Tensor]:
+    """Of an offloaded optimizer, which keeps them from step to step."""
+    return [flat.grad for flat in flats if flat.grad is not None]
 
 
 def sharded_state(optimizer: Any) -> ShardedState:

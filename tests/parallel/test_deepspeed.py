@@ -113,6 +113,13 @@ def test_tensor_parallel_ranks_alone(pair: Runs, partitioned: str, model: str) -
     pair.check(Cell(f"{MODELS[model]} {RATE}", f"{TP2} {partitioned} --zero-stage 3", "", 2, "fp32"))
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_batch_that_grows(pair: Runs, partitioned: str, stage: int) -> None:
+    """Another number of micro-batches at every step, as DeepSpeed's own counter has it not."""
+    batch = "--micro-batch-size 2 --global-batch-size 12 --rampup-batch-size 4 4 8"
+    pair.check(Cell(f"{MODELS['plain']} {RATE}", f"{partitioned} --zero-stage {stage}", "", 2, "fp32", batch=batch))
+
+
 RECOMPUTE = {
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm residual",
