@@ -106,15 +106,20 @@ def estimate(config: TrainConfig, hardware: Hardware, world_size: int, vocab_siz
     """
     config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, device="cpu"))
     config.validate(world_size)
+    refuse_deepspeed(config)
+    layout = config.parallel.pipeline_layout(config.model.num_layers)
+    ranks = [PaperRank(config, world_size, rank, vocab_size) for rank in stage_ranks(config, world_size)]
+    traces: list[StageTrace] = [trace(ranks[layout.rank_of(stage)], stage) for stage in range(layout.num_stages)]
+    return put_together(config, hardware, world_size, vocab_size, ranks, traces)
+
+
+def refuse_deepspeed(config: TrainConfig) -> None:
+    """What the estimator knows is our own sharding."""
     if config.zero.deepspeed:
         raise ValueError(
             "--deepspeed is not estimated: leave it out; its ZeRO-1 needs about what the default needs, its ZeRO-3 "
             "what --data-parallel-sharding-strategy optim_grads_params needs"
         )
-    layout = config.parallel.pipeline_layout(config.model.num_layers)
-    ranks = [PaperRank(config, world_size, rank, vocab_size) for rank in stage_ranks(config, world_size)]
-    traces: list[StageTrace] = [trace(ranks[layout.rank_of(stage)], stage) for stage in range(layout.num_stages)]
-    return put_together(config, hardware, world_size, vocab_size, ranks, traces)
 
 
 def put_together(

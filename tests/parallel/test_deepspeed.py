@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from pool import Pool, mesh
 from processes import ROOT, TINY, Processes
 from test_checkpoint_layouts import same_but_layout, train_and_save
 
-from megatron_hc import train
+from megatron_hc import checkpoint, train
 from megatron_hc.cli import parse
 from megatron_hc.data.loader import build_loader
 from megatron_hc.launch import TrainingStopped
@@ -219,6 +219,26 @@ def test_checkpoints(pair: Runs, partitioned: str, tmp_path: Path, source: str, 
     assert not found, "\n".join(found[:20])
 
 
+@pytest.mark.parametrize("stage", ["zero-1", "zero-2", "zero-3"])
+def test_weights_and_moments(pair: Runs, partitioned: str, tmp_path: Path, stage: str) -> None:
+    """After several clipped steps they are those of our own ZeRO-1; losses and gradients would hardly show a moment."""
+    for layout in ("dp2", stage):
+        outcome_of(pair, [*flags_of(layout, "fp32", partitioned), "--save", str(tmp_path / layout)], BEFORE + AFTER)
+    tolerance = TOLERANCES["fp32"]
+    with (
+        checkpoint.Reader(checkpoint.find(tmp_path / "dp2")) as ours,
+        checkpoint.Reader(checkpoint.find(tmp_path / stage)) as theirs,
+    ):
+        assert ours.shapes == theirs.shapes
+        for kind in ("model.", "optimizer.exp_avg.", "optimizer.exp_avg_sq."):
+            names = [name for name in ours.shapes if name.startswith(kind)]
+            norms = {name: float(ours.read(name).norm()) for name in names}
+            whole = sum(norm**2 for norm in norms.values()) ** 0.5
+            for name in names:
+                error = float((ours.read(name) - theirs.read(name)).norm())
+                assert error <= tolerance.gradient * max(norms[name], tolerance.smallest * whole), name
+
+
 # ---- checks of the trainer ----
 
 
@@ -268,15 +288,28 @@ def test_copies_that_come_apart_stop_the_run(pair: Runs) -> None:
 # ---- whole runs ----
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_run_as_torchrun_starts_it(tmp_path: Path, size: int) -> None:
+def as_a_slurm_step(rank: int) -> None:
+    """In a process before its run: srun's variables in the place of torchrun's."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    step = {"STEP_ID": 0, "PROCID": rank, "LOCALID": rank, "STEP_NUM_TASKS": 2, "STEP_NODELIST": "localhost"}
+    os.environ.update({f"SLURM_{name}": str(value) for name, value in step.items()})
+
+
+@pytest.mark.parametrize(
+    ("size", "fault"),
+    [(1, None), (2, as_a_slurm_step), pytest.param(2, None, marks=pytest.mark.slow)],
+    ids=["one process", "Slurm", "torchrun"],
+)
+def test_whole_runs(tmp_path: Path, size: int, fault: Callable[[int], None] | None) -> None:
     """Trains, evaluates, shows residual statistics, saves, and goes on without DeepSpeed."""
     argv = f"{TINY} --residual-connection hyper --log-residual-stats 1 --eval-iters 1 --eval-interval 2 --train-iters"
     save = f"--save {tmp_path / 'save'} --load {tmp_path / 'save'}"
-    with Processes(size, f"{argv} 2 {save} --deepspeed --zero-stage 3", tmp_path / "first") as run:
+    with Processes(size, f"{argv} 2 {save} --deepspeed --zero-stage 3", tmp_path / "first", fault) as run:
         assert run.wait(120) == [0] * size, run.output()
         assert "iteration        2/       2" in run.output()
-    with Processes(size, f"{argv} 3 {save} --exit-on-missing-checkpoint", tmp_path / "second") as run:
+        assert fault is None or "2 processes by Slurm" in run.output()
+    with Processes(size, f"{argv} 3 {save} --exit-on-missing-checkpoint", tmp_path / "second", fault) as run:
         assert run.wait(120) == [0] * size, run.output()
         assert "iteration        3/       3" in run.output()
 

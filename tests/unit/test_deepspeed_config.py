@@ -13,10 +13,16 @@ import torch
 
 from megatron_hc import cli
 from megatron_hc.config import TrainConfig
+from megatron_hc.estimate.estimate import estimate
+from megatron_hc.estimate.hardware import HARDWARE
+from megatron_hc.estimate.search import search
+from megatron_hc.inference.decoder import check_can_write
+from megatron_hc.mesh import Mesh
 from megatron_hc.parallel import deepspeed as engine
 from megatron_hc.parallel.deepspeed_config import Settings, settings_of
 from megatron_hc.parallel.slots import boxes_of
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "deepspeed"
 GOOD = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1e-3 --micro-batch-size 2 "
     "--global-batch-size 16 --train-iters 10 --mock-data --tokenizer-type ByteTokenizer --deepspeed"
@@ -130,6 +136,24 @@ def test_a_file_that_agrees(tmp_path: Path) -> None:
     assert found.engine["zero_optimization"] == {
         "stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": {"device": "cpu", "pin_memory": False},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("precision", ["", "--bf16"])
+def test_the_examples(tmp_path: Path, file: Path, precision: str) -> None:
+    found = settings(tmp_path, file.read_text(), precision)
+    assert (f"zero{found.stage}", found.is_offloaded) == (file.stem[:5], "offload" in file.stem)
+
+
+def test_what_does_not_go_with_it_elsewhere() -> None:
+    """Text is written from whole parameters, and the estimator knows our own sharding only."""
+    check_can_write(config_of("--zero-stage 2"), Mesh())
+    with pytest.raises(ValueError, match="text cannot be generated with --deepspeed at ZeRO stage 3"):
+        check_can_write(config_of("--zero-stage 3"), Mesh())
+    with pytest.raises(ValueError, match="--deepspeed is not estimated"):
+        estimate(config_of(), next(iter(HARDWARE.values())), 8, 256)
+    with pytest.raises(ValueError, match="--deepspeed is not estimated"):
+        search(config_of(), next(iter(HARDWARE.values())), 8, 256)
 
 
 def test_without_a_file() -> None:
