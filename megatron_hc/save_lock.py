@@ -58,8 +58,10 @@ class SaveLock:
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                _refuse_if_held(self.path, handle)
+                stale = _refuse_if_held(self.path, handle)
                 if _is_still_at(self.path, handle):
+                    if stale is not None:
+                        logging.getLogger(__name__).warning("%s", stale)
                     _write(handle, _self_description())
                     return handle
             except BaseException:
@@ -107,21 +109,22 @@ def _wait_for_earlier_attempt(path: Path) -> None:
                 return
 
 
-def _refuse_if_held(path: Path, handle: int) -> None:
+def _refuse_if_held(path: Path, handle: int) -> str | None:
+    """What to say of a stale lock that is taken over; None where there was none."""
     content = os.pread(handle, 65536, 0)
     held = _description(content)
     age = _age(path)
     if _is_held(handle):
         raise ValueError(_refusal(path, held, age))
     if not content:
-        return  # made by us just now, or by a job that ended before it could write
+        return None  # made by us just now, or by a job that ended before it could write
     if held and (held.get("boot") == _boot() or _is_earlier_attempt(held)):
         why = "its process has ended" if held.get("boot") == _boot() else "it is of an earlier attempt of this job"
     elif age is None or age <= STALE_S:
         raise ValueError(_refusal(path, held, age))
     else:
         why = f"its last sign of life is {age:.0f} s old"
-    logging.getLogger(__name__).warning("%s is stale (%s): taking it over from %s", path, why, _who(held))
+    return f"{path} is stale ({why}): taking it over from {_who(held)}"
 
 
 def _is_held(handle: int, patience_s: float = 1.0) -> bool:
