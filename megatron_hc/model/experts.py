@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.norm import promote
+from megatron_hc.kernels.swiglu import swiglu
 from megatron_hc.model.initial import initial_of
 from megatron_hc.model.linear import Parts
 from megatron_hc.model.mlp import activated, activation_name
@@ -227,6 +228,5 @@ class Experts(nn.Module):
 
     def activate(self, h: Tensor) -> Tensor:
         if self.activation == "swiglu":
-            gate, up = h.unflatten(-1, (-1, 2)).unbind(-1)
-            return F.silu(gate) * up
+            return swiglu(h)
         return activated(h, self.activation)

@@ -59,7 +59,8 @@ def llama(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor, mask:
         y = y.permute(2, 0, 1, 3).reshape(S, -1, G * per_group * H)
         x = x + F.linear(y, weights[f"{layer}.attention.linear_proj.weight"])
         merged = F.linear(normed(x, f"{layer}.mlp_norm"), weights[f"{layer}.mlp.linear_fc1.weight"])
-        h = F.silu(merged[..., 0::2]) * merged[..., 1::2]
+        # Contiguous: a CPU's exponential of strided numbers is another one, which may differ in the last bit.
+        h = F.silu(merged[..., 0::2].contiguous()) * merged[..., 1::2]
         x = x + F.linear(h, weights[f"{layer}.mlp.linear_fc2.weight"])
     output = weights.get("output_layer.weight", weights["embedding.weight"])
     return F.linear(normed(x, "final_norm"), output)

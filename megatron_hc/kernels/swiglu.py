@@ -1,0 +1,50 @@
+"""SwiGLU on merged rows. Dims: F ffn size; any leading dims."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def swiglu_reference(h: Tensor) -> Tensor:
+    """silu(gate) * up by autograd; arguments as ``swiglu``."""
+    gate, up = _gate_and_up(h)
+    return F.silu(gate) * up
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """gate, up, gate, up, ... [..., 2 F] -> silu(gate) * up [..., F] (arXiv 2002.05202).
+
+    Keeps ``h`` alone for the backward pass, and takes less than half of the time that autograd does on a CPU, where
+    an exponential of numbers that do not lie side by side is computed one by one.
+    """
+    return _SwiGLU.apply(h)
+
+
+def _gate_and_up(h: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = h.unflatten(-1, (-1, 2)).unbind(-1)
+    return gate, up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        gate, up = _gate_and_up(h)
+        return F.silu(gate.contiguous()).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        gate, up = _gate_and_up(h)
+        gate = gate.contiguous()
+        g_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        g_gate, g_up = _gate_and_up(g_h)
+        g_up.copy_(F.silu(gate).mul_(grad))
+        g_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return g_h
