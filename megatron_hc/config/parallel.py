@@ -75,10 +75,17 @@ class ParallelConfig:
     recompute_num_layers: int | None = None
     """Layers per recompute group (uniform), or layers recomputed (block)."""
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """With selective recompute: any of core_attn, mlp, moe, layernorm, residual (or mhc, Megatron-LM's name for it)."""
+    """With selective recompute: any of core_attn, mlp, moe, layernorm, residual (or mhc, Megatron-LM's name for it);
+    residual goes with full recompute too: layers then keep their outputs instead of all streams at their entrance."""
     residual_recompute_interval: int | None = None
     """With --recompute-modules residual: boundaries (reads, two a layer) from one kept state of the streams to the
-    next; 1: kept at every read (default: about sqrt(n B / (n + 2)) for a stage of B boundaries with n streams)."""
+    next; 1: kept at every read (default: about sqrt(n B / (n + 2)) for a stage of B boundaries with n streams). With
+    full recompute a multiple of 2 --recompute-num-layers (block: of 2; default: about the root of its layers or
+    groups)."""
+
+    @property
+    def recomputes_residual(self) -> bool:
+        return self.recompute_granularity is not None and bool({"residual", "mhc"} & {*self.recompute_modules})
 
     @property
     def expert_parts(self) -> int:
@@ -276,33 +283,44 @@ class ParallelConfig:
         self._validate_experts(model)
         self._validate_pipeline(model)
         self._validate_data_parallel()
-        num_layers = model.num_layers
+        self._validate_recompute(model)
+
+    def _validate_recompute(self, model: ModelConfig) -> None:
         allowed = ("core_attn", "mlp", "moe", "layernorm", "residual", "mhc")
         for name in self.recompute_modules:
             require(name in allowed, f"--recompute-modules ({name}) must be any of {', '.join(allowed)}")
             require(name != "moe" or model.moe.num_experts is not None, "--recompute-modules moe needs --num-experts")
-        interval = self.residual_recompute_interval
-        if interval is not None:
-            require(
-                self.recompute_granularity == "selective" and bool({"residual", "mhc"} & {*self.recompute_modules}),
-                f"--residual-recompute-interval ({interval}) needs --recompute-granularity selective and "
-                "--recompute-modules residual",
-            )
-            require(
-                1 <= interval <= 2 * num_layers,
-                f"--residual-recompute-interval ({interval}) must be in 1 .. {2 * num_layers}, two boundaries a layer",
-            )
+        number = self.recompute_num_layers
         if self.recompute_granularity == "full":
             require(
-                self.recompute_method is not None and self.recompute_num_layers is not None,
+                self.recompute_method is not None and number is not None,
                 "--recompute-granularity full needs --recompute-method and --recompute-num-layers",
             )
             require(
-                1 <= (self.recompute_num_layers or 0) <= num_layers,
-                f"--recompute-num-layers ({self.recompute_num_layers}) must be in 1 .. --num-layers ({num_layers})",
+                1 <= (number or 0) <= model.num_layers,
+                f"--recompute-num-layers ({number}) must be in 1 .. --num-layers ({model.num_layers})",
             )
         else:
             require(
-                self.recompute_method is None and self.recompute_num_layers is None,
+                self.recompute_method is None and number is None,
                 "--recompute-method and --recompute-num-layers need --recompute-granularity full",
+            )
+        self._validate_residual_interval(model)
+
+    def _validate_residual_interval(self, model: ModelConfig) -> None:
+        interval, most = self.residual_recompute_interval, 2 * model.num_layers
+        if interval is None:
+            return
+        name = f"--residual-recompute-interval ({interval})"
+        require(
+            self.recomputes_residual,
+            f"{name} needs --recompute-granularity selective or full and --recompute-modules residual",
+        )
+        require(1 <= interval <= most, f"{name} must be in 1 .. {most}, two boundaries a layer")
+        if self.recompute_granularity == "full":
+            group = (self.recompute_num_layers or 1) if self.recompute_method == "uniform" else 1
+            require(
+                interval % (2 * group) == 0,
+                f"{name} must be a multiple of {2 * group}, two boundaries for each of the {group} layers that "
+                "full recompute runs again together",
             )

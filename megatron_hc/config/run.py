@@ -83,13 +83,10 @@ class TrainConfig:
             self.model.fused_residual or backend == "auto",
             f"--fused-residual-backend {backend} and --no-fused-residual exclude each other",
         )
-        recomputes = self.parallel.recompute_granularity == "selective" and bool(
-            {"residual", "mhc"} & {*self.parallel.recompute_modules}
-        )
         require(
-            not (self.training.compile and recomputes),
-            "--compile and --recompute-modules residual exclude each other: what a compiled layer keeps is the "
-            "compiler's choice",
+            not (self.training.compile and self.parallel.recomputes_residual),
+            "--compile and --recompute-modules residual exclude each other: it records reads and writes inside of a "
+            "layer, which is one piece to the compiler",
         )
 
     def _validate_upcycling(self) -> None:

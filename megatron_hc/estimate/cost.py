@@ -52,8 +52,8 @@ class Roofline:
         if share is not None:
             residual = self._residual_bytes(stage)[share] / memory
             elementwise = self._elementwise_bytes(rank, stage) * (1 + share) / memory
-            if share == 1 and self._recomputes_residual():
-                residual += self._residual_bytes(stage)[0] / memory
+            if share == 1:
+                residual += self._residual_repeats() * self._residual_bytes(stage)[0] / memory
             if share == 1 and self.config.parallel.recompute_granularity == "full":
                 elementwise += self._elementwise_bytes(rank, stage) / memory
         return PassSeconds(
@@ -64,11 +64,9 @@ class Roofline:
             expert=self.sent_seconds(part.sent, ("experts", "etp", "stage"), rank),
         )
 
-    def _recomputes_residual(self) -> bool:
-        parallel = self.config.parallel
-        if parallel.recompute_granularity == "selective":
-            return bool({"residual", "mhc"} & set(parallel.recompute_modules))
-        return parallel.recompute_granularity == "full"
+    def _residual_repeats(self) -> int:
+        """How often the reads of a forward pass are done again: as parts of a layer, and to replay streams."""
+        return (self.config.parallel.recompute_granularity == "full") + self.config.parallel.recomputes_residual
 
     def _tokens(self) -> float:
         """Of a micro-batch, those on one rank outside of the tensor-parallel regions."""

@@ -22,7 +22,7 @@ from megatron_hc.model.gpt import GPT, padded_vocab_size
 from megatron_hc.model.linear import NormLayer, Parts
 from megatron_hc.parallel.expert import spread_experts
 from megatron_hc.parallel.placement import Box, Placement, even, expert_rows, grouped_queries, held_twice, whole
-from megatron_hc.parallel.recompute import layer_runner, recompute_modules
+from megatron_hc.parallel.recompute import set_up_recompute
 from megatron_hc.parallel.tensor import (
     ColumnParallelLinear,
     ParallelPositionTable,
@@ -96,11 +96,9 @@ def build_model(config: TrainConfig, vocab_size: int, mesh: Mesh) -> GPT:
             layers=layout.layers_of(mesh.rank("pp")),
             has_embedding=0 in stages,
             has_output=layout.num_stages - 1 in stages,
-            run=layer_runner(layers.recompute_granularity, layers.recompute_method, layers.recompute_num_layers),
         )
     spread_experts(model, mesh, layers.moe_token_dispatcher_type)
-    if layers.recompute_granularity == "selective":
-        recompute_modules(model, layers.recompute_modules, layers.residual_recompute_interval)
+    set_up_recompute(model, layers)
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_hc.config import ParallelConfig
 from megatron_hc.model.attention import Context, CoreAttention
 from megatron_hc.model.gpt import GPT, LayerRunner, run_layers
 from megatron_hc.model.layer import TransformerLayer
@@ -16,16 +17,28 @@ from megatron_hc.model.linear import NormLayer
 from megatron_hc.model.mlp import MLP
 from megatron_hc.model.moe import MoE
 from megatron_hc.model.router import Remembering, routers_of
-from megatron_hc.parallel.recompute_reads import ReadBlocks
+from megatron_hc.parallel.recompute_groups import GroupBlocks
+from megatron_hc.parallel.recompute_reads import ReadBlocks, Sublayers
 from megatron_hc.residual import Carry
 
 
-def layer_runner(granularity: str | None, method: str | None, num_layers: int | None) -> LayerRunner:
-    """How a stage runs its layers under ``--recompute-granularity full``; otherwise one after the other."""
-    if granularity != "full":
-        return run_layers
-    assert num_layers is not None
-    return functools.partial(_run_uniform if method == "uniform" else _run_block, num_layers)
+def set_up_recompute(model: GPT, parallel: ParallelConfig) -> None:
+    """Make the model recompute what the flags of ``parallel`` name."""
+    run: LayerRunner = run_layers
+    if parallel.recomputes_residual:
+        sublayers, interval = Sublayers(model), parallel.residual_recompute_interval
+        run = ReadBlocks(sublayers, run_layers, model.config.residual.num_streams, interval)
+    if parallel.recompute_granularity == "selective":
+        recompute_modules(model, parallel.recompute_modules)
+    elif parallel.recompute_granularity == "full":
+        method, number = parallel.recompute_method, parallel.recompute_num_layers
+        assert number is not None
+        if parallel.recomputes_residual:
+            group, count = (number, None) if method == "uniform" else (1, number)
+            run = GroupBlocks(sublayers, _recomputed, group, interval, count, rest=run)
+        else:
+            run = functools.partial(_run_uniform if method == "uniform" else _run_block, number)
+    model.run = run
 
 
 def _run_uniform(group: int, layers: Iterable[TransformerLayer], carry: Carry, context: Context) -> Carry:
@@ -58,19 +71,12 @@ def _recomputed(function: Callable[..., Any], inside: Iterable[nn.Module] = ()) 
     return run
 
 
-def recompute_modules(model: GPT, names: Iterable[str], residual_interval: int | None = None) -> None:
-    """Recompute the named parts: core_attn, mlp, moe, layernorm, residual (its reads; Megatron-LM's name: mhc).
-
-    The first of every ``residual_interval`` reads keeps its input, all streams; None: ``best_interval`` of the stage.
-    """
+def recompute_modules(model: GPT, names: Iterable[str]) -> None:
+    """Recompute the named parts that are modules: core_attn, mlp, moe, layernorm."""
     kinds = {"core_attn": CoreAttention, "mlp": MLP, "moe": MoE, "layernorm": NormLayer}
-    for name in names:
-        if name in ("residual", "mhc"):
-            ReadBlocks(model, residual_interval)
-            continue
-        for module in model.modules():
-            if name in kinds and isinstance(module, kinds[name]):
-                module.forward = _recomputed(functools.partial(_forward, module), [module])
+    for module in model.modules():
+        if any(isinstance(module, kinds[name]) for name in names if name in kinds):
+            module.forward = _recomputed(functools.partial(_forward, module), [module])
 
 
 def _forward(module: nn.Module, *inputs: Any) -> Any:

@@ -4,12 +4,16 @@ What the reads save for their backward pass is thrown away, and computed again f
 carry at the block's entrance and the outputs of its sublayers (arXiv 2512.24880, section 4.3.2 and equation 20: with L
 boundaries, n streams of width C and blocks of L_r boundaries, n C L / L_r numbers per token are kept, and (n + 2) C L_r
 of one block while it is in the backward pass: sqrt(n L / (n + 2)) boundaries are best).
+
+``recompute_groups.py`` does the same beside full recompute.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
 from megatron_hc.model.attention import Context
-from megatron_hc.model.gpt import GPT
+from megatron_hc.model.gpt import GPT, LayerRunner
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.residual import Carry, Norm, Reads, Residual
 
@@ -25,58 +29,85 @@ Read = Callable[[Carry, Norm], tuple[Tensor | Reads, Carry]]
 Write = Callable[..., Carry]
 
 
-class ReadBlocks:
-    """Makes ``model`` run in blocks of ``interval`` residual reads that are recomputed together.
+class Recorder(Protocol):
+    """Does the reads and writes of sublayers in a way of its own."""
 
-    A block never reaches into another pipeline stage: every stage begins with one. ``interval`` None: the best one for
-    the stage.
-    """
+    def read(self, read: Read, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]: ...
 
-    def __init__(self, model: GPT, interval: int | None = None) -> None:
-        self.interval = interval
-        self.num_streams = model.config.residual.num_streams
-        self.block: _Block | None = None
-        self.num_reads = self.current = 0
-        self.run_layer = model.run
+    def write(self, write: Write, carry: Carry, output: Tensor, value: Tensor | None) -> Carry: ...
+
+
+class Sublayers:
+    """Leaves the reads and writes of a model's sublayers to ``recorder``, while there is one and gradients are on."""
+
+    def __init__(self, model: GPT) -> None:
+        self.recorder: Recorder | None = None
         for module in model.modules():
             if isinstance(module, Residual) and module.site.is_sublayer:
                 module.read = self._reader(module.read)  # type: ignore[assignment,method-assign]
                 module.write = self._writer(module.write)  # type: ignore[method-assign]
-        model.run = self.run
 
-    def run(self, layers: Iterable[TransformerLayer], carry: Carry, context: Context) -> Carry:
-        """A ``LayerRunner``. Every call has blocks of its own, so that micro-batches may be in flight together."""
-        layers = list(layers)
-        self.current = self.interval or best_interval(2 * len(layers), self.num_streams)
-        self.num_reads, self.block = 0, _Block()
+    @contextmanager
+    def recorded_by(self, recorder: Recorder) -> Iterator[None]:
+        self.recorder = recorder
         try:
-            return self.run_layer(layers, carry, context)
+            yield
         finally:
-            self.block = None
+            self.recorder = None
 
     def _reader(self, read: Read) -> Read:
-        def recomputed(carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
-            if self.block is None or not torch.is_grad_enabled():
+        def recorded(carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
+            if self.recorder is None or not torch.is_grad_enabled():
                 return read(carry, norm)
-            if self.num_reads % self.current == 0:
-                self.block = _Block()
-            self.num_reads += 1
-            return self.block.read(read, carry, norm)
+            return self.recorder.read(read, carry, norm)
 
-        return recomputed
+        return recorded
 
     def _writer(self, write: Write) -> Write:
-        def recomputed(carry: Carry, output: Tensor, value: Tensor | None = None) -> Carry:
-            if self.block is None or not torch.is_grad_enabled():
+        def recorded(carry: Carry, output: Tensor, value: Tensor | None = None) -> Carry:
+            if self.recorder is None or not torch.is_grad_enabled():
                 return write(carry, output, value)
-            return self.block.write(write, carry, output, value)
+            return self.recorder.write(write, carry, output, value)
 
-        return recomputed
+        return recorded
+
+
+class ReadBlocks:
+    """A ``LayerRunner`` in blocks of ``interval`` residual reads that are recomputed together; None: the best number.
+
+    A block never reaches into another pipeline stage: every stage begins with one. Every call has blocks of its own, so
+    that micro-batches may be in flight together.
+    """
+
+    def __init__(self, sublayers: Sublayers, run: LayerRunner, num_streams: int, interval: int | None) -> None:
+        self.sublayers, self.run, self.num_streams, self.interval = sublayers, run, num_streams, interval
+
+    def __call__(self, layers: Iterable[TransformerLayer], carry: Carry, context: Context) -> Carry:
+        layers = list(layers)
+        interval = self.interval or best_interval(2 * len(layers), self.num_streams)
+        with self.sublayers.recorded_by(_Blocks(interval)):
+            return self.run(layers, carry, context)
 
 
 def best_interval(num_boundaries: int, num_streams: int) -> int:
     """Boundaries per block for which what is kept and what one block needs at a time are smallest together."""
     return max(1, round(math.sqrt(num_streams * num_boundaries / (num_streams + 2))))
+
+
+class _Blocks:
+    """The blocks of one forward pass, one after the other."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval, self.num_reads, self.block = interval, 0, _Block()
+
+    def read(self, read: Read, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
+        if self.num_reads % self.interval == 0:
+            self.block = _Block()
+        self.num_reads += 1
+        return self.block.read(read, carry, norm)
+
+    def write(self, write: Write, carry: Carry, output: Tensor, value: Tensor | None) -> Carry:
+        return self.block.write(write, carry, output, value)
 
 
 class _Block:
@@ -90,13 +121,13 @@ class _Block:
 
     def read(self, read: Read, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
         if self.entrance is None:
-            self.entrance = tree_map_only(Tensor, _leaf, carry)
+            self.entrance = tree_map_only(Tensor, leaf, carry)
         self.steps.append(lambda carry: read(carry, norm)[1])
         with saved_tensors_hooks(self._forget, self._recall):
             return read(carry, norm)
 
     def write(self, write: Write, carry: Carry, output: Tensor, value: Tensor | None) -> Carry:
-        kept = _leaf(output)
+        kept = leaf(output)
         self.steps.append(lambda carry: write(carry, kept))  # no read looks at attention values
         with saved_tensors_hooks(self._forget, self._recall):
             return write(carry, output, value)
@@ -121,7 +152,8 @@ class _Block:
         assert len(found) == self.num_saved, f"{len(found)} tensors saved again, not {self.num_saved}"
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
+    """The same numbers, outside of the autograd graph."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 

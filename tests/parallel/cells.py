@@ -51,6 +51,8 @@ NORMS = {name: f"--norm-placement {name}" for name in NORM_PLACEMENTS} | {"qk": 
 NORMS["deepnorm"] += " --init-scheme deepnorm"
 ALIKE = {"deepnorm": "post", "hybrid-star": "hybrid", "half": "constant", "sparse": "constant"}
 """What differs from another value by constants, or in one layer, takes turns with it in the covering array."""
+RECOMPUTE_TURNS = ("uniform", "uniform-residual")
+"""The first stands for both in covering arrays, where they take turns."""
 TURNS = {
     "rezero": "plain",
     "layerscale": "plain",
@@ -63,6 +65,8 @@ TURNS = {
 RECOMPUTE = {
     "none": "",
     "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
+    "uniform-residual": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+    "--recompute-modules residual --residual-recompute-interval 4",
     "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "selective": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm residual",
     "blocks-of-reads": "--recompute-granularity selective --recompute-modules residual --residual-recompute-interval 3",
@@ -95,7 +99,7 @@ FACTORS: dict[str, Sequence[str]] = {
     "method": [name for name in RESIDUALS if name not in TURNS],
     "norm": [name for name in NORMS if name not in ALIKE],
     "value": [name for name in VALUES if name not in ALIKE],
-    "recompute": list(RECOMPUTE),
+    "recompute": [name for name in RECOMPUTE if name not in RECOMPUTE_TURNS[1:]],
     "heads": list(HEADS),
     "table": list(TABLES),
     "shape": list(SHAPES),
@@ -170,9 +174,11 @@ def covering_rows() -> tuple[tuple[Row, int], ...]:
         turns[name] = itertools.cycle([(method, form) for method in same for form in range(len(forms(method)))])
     for name in set(ALIKE.values()):
         turns[name] = itertools.cycle([name, *(other for other, same in ALIKE.items() if same == name)])
+    turns["uniform"] = itertools.cycle(RECOMPUTE_TURNS)
     found = []
     for row in pairwise(FACTORS, allows, apart=[("norm", "value")], seed=1, tries=20):
-        taken = {name: next(turns[row[name]]) if row[name] in turns else row[name] for name in ("norm", "value")}
+        names = "norm", "value", "recompute"
+        taken = {name: next(turns[row[name]]) if row[name] in turns else row[name] for name in names}
         method, form = next(turns[row["method"]])
         found.append((row | taken | {"method": method}, form))
     return tuple(found)

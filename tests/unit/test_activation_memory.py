@@ -35,16 +35,18 @@ class Storages(TorchDispatchMode):
                 self.found[StorageWeakRef(storage)] = storage.nbytes()
         return result
 
-    def alive(self) -> int:
-        return sum(size for storage, size in self.found.items() if not storage.expired())
+    def alive(self, without: set[StorageWeakRef]) -> int:
+        found = ((storage, size) for storage, size in self.found.items() if storage not in without)
+        return sum(size for storage, size in found if not storage.expired())
 
 
 def kept(model: GPT, length: int = 64) -> int:
-    """Bytes between a forward pass and its backward pass."""
+    """Bytes between a forward pass and its backward pass, parameters left out."""
+    weights = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
     tokens = random_tokens(2, length, vocab_size=VOCAB)
     with Storages() as storages:
         loss = model.output.loss(model(tokens), tokens, torch.full(tokens.shape, 1 / tokens.numel()))
-        size = storages.alive()
+        size = storages.alive(weights)
     del loss
     return size
 
@@ -73,6 +75,27 @@ def test_recompute_brings_memory_down_to_the_plain_model_s(method: str) -> None:
 def test_recompute_of_the_rest_comes_on_top() -> None:
     parallel = {**RESIDUAL, "recompute_modules": ("residual", "mlp", "core_attn")}
     assert kept(model_of("hyper", 8, parallel)) < 0.8 * kept(model_of("hyper", 8, RESIDUAL))
+
+
+def full(*modules: str, interval: int | None = None) -> dict[str, Any]:
+    found = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {**found, "recompute_modules": modules, "residual_recompute_interval": interval}
+
+
+@pytest.mark.parametrize("method", ["hyper", "mhc"])
+def test_full_recompute_keeps_outputs_instead_of_all_streams(method: str) -> None:
+    """n = 4, in numbers per token, units of the width C = 64.
+
+    Full recompute alone keeps at the entrance of every layer the streams, the pending output and its 4 + 16 weights.
+    With the residual recomputed: both outputs of every layer, and streams and weights once in 4 of 16 layers.
+    """
+    unit = 2 * 64 * 64 * 4  # bytes of [B, S, C] in fp32
+    entrance = 4 + 20 / 64
+    alone = kept(model_of(method, 16, full())) / unit
+    assert alone - kept(model_of(method, 4, full())) / unit == pytest.approx(12 * (entrance + 1), abs=0.01)
+    for interval, num_blocks in ((None, 4), (16, 2), (32, 1)):
+        both = kept(model_of(method, 16, full("residual", interval=interval))) / unit
+        assert alone - both == pytest.approx(16 * (entrance + 1) - 2 * 16 - num_blocks * entrance, abs=0.01)
 
 
 def test_the_square_root_rule() -> None:

@@ -85,7 +85,7 @@ REFUSED = [
     (
         "--residual-recompute-interval 2",
         "",
-        "--residual-recompute-interval (2) needs --recompute-granularity selective and --recompute-modules residual",
+        "--residual-recompute-interval (2) needs --recompute-granularity selective or full",
     ),
     (
         "--recompute-modules attn",

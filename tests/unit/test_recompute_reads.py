@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from helpers import assert_same_bits, build, gradients, loss_of, random_tokens, randomise, small_config
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_hc.config import ParallelConfig, TrainConfig
+from megatron_hc.config import MoEConfig, ParallelConfig, TrainConfig
 from megatron_hc.model.gpt import GPT
-from megatron_hc.residual import RESIDUALS, Carry, Residual
+from megatron_hc.residual import RESIDUALS, VALUE_RESIDUALS, Carry, Residual
 
 
 def blocks(interval: int | None) -> ParallelConfig:
@@ -19,23 +21,73 @@ def blocks(interval: int | None) -> ParallelConfig:
     )
 
 
+def groups(kind: Literal["uniform", "block"], number: int, interval: int | None) -> ParallelConfig:
+    """Full recompute beside residual recompute."""
+    return ParallelConfig(
+        recompute_granularity="full",
+        recompute_method=kind,
+        recompute_num_layers=number,
+        recompute_modules=("residual",),
+        residual_recompute_interval=interval,
+    )
+
+
 def model_with(method: str, parallel: ParallelConfig | None = None) -> GPT:
     return randomise(build(small_config({"residual_connection": method}, num_layers=4), parallel=parallel))
 
 
+WITH_FULL = [
+    *(("uniform", 1, None), ("uniform", 1, 8), ("uniform", 2, 4), ("uniform", 3, None)),
+    *(("block", 2, 4), ("block", 3, 2)),
+]
+
+
 @pytest.mark.parametrize("method", RESIDUALS)
-@pytest.mark.parametrize("interval", [1, 3, None])
-def test_gradients_have_the_same_bits(method: str, interval: int | None) -> None:
+def test_gradients_have_the_same_bits(method: str) -> None:
     tokens = random_tokens()
     expected_loss, expected = gradients(model_with(method), tokens)
-    loss, found = gradients(model_with(method, blocks(interval)), tokens)
+    for parallel in (*map(blocks, (1, 3, None)), *(groups(*each) for each in WITH_FULL)):  # type: ignore[arg-type]
+        loss, found = gradients(model_with(method, parallel), tokens)
+        assert loss.equal(expected_loss)
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("value", VALUE_RESIDUALS)
+def test_values_of_earlier_layers_under_full_recompute(value: str) -> None:
+    tokens = random_tokens()
+    config = small_config({"residual_connection": "hyper"}, num_layers=4, value_residual=value)
+    expected_loss, expected = gradients(randomise(build(config)), tokens)
+    loss, found = gradients(randomise(build(config, parallel=groups("uniform", 1, None))), tokens)
     assert loss.equal(expected_loss)
     assert_same_bits(found, expected)
 
 
-def test_micro_batches_in_flight_and_a_second_backward_pass() -> None:
+def test_routers_decide_once_under_full_recompute() -> None:
+    """Capacities and counts would be others the second time."""
+    moe = MoEConfig(num_experts=4, moe_expert_capacity_factor=0.5, moe_router_load_balancing_type=("aux_loss",))
+    config = small_config({"residual_connection": "hyper"}, num_layers=4, moe=moe)
+    found = [
+        gradients(randomise(build(config, parallel=parallel)), random_tokens())[1]
+        for parallel in (None, groups("uniform", 1, 4))
+    ]
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_fused_boundary_and_dropout_under_full_recompute(precision: str) -> None:
+    config = small_config({"residual_connection": "mhc"}, num_layers=4, attention_dropout=0.25, hidden_dropout=0.25)
+    found = []
+    for parallel in (None, groups("uniform", 1, 4)):
+        model = randomise(build(config, precision, parallel=parallel))
+        torch.manual_seed(7)
+        found.append(gradients(model, random_tokens())[1])
+    assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("parallel", [blocks(2), groups("uniform", 1, 4)], ids=["selective", "full"])
+def test_micro_batches_in_flight_and_a_second_backward_pass(parallel: ParallelConfig) -> None:
     first, second = random_tokens(seed=1), random_tokens(seed=2)
-    plain, model = model_with("mhc"), model_with("mhc", blocks(2))
+    plain, model = model_with("mhc"), model_with("mhc", parallel)
     for each in (plain, model):
         losses = [loss_of(each, first), loss_of(each, second)]
         losses[0].backward(retain_graph=True)
@@ -78,11 +130,13 @@ def test_streams_are_kept_once_per_block(interval: int | None, expected: int, mo
 @pytest.mark.parametrize(
     "parallel,message",
     [
-        (ParallelConfig(residual_recompute_interval=2), "needs --recompute-granularity selective"),
+        (ParallelConfig(residual_recompute_interval=2), "needs --recompute-granularity selective or full"),
         (
             ParallelConfig(recompute_granularity="selective", residual_recompute_interval=2),
             "and --recompute-modules residual",
         ),
+        (groups("uniform", 2, 6), r"must be a multiple of 4, two boundaries for each of the 2 layers"),
+        (groups("block", 2, 3), r"must be a multiple of 2"),
         (blocks(0), "must be in 1"),
         (blocks(9), "must be in 1"),
     ],
