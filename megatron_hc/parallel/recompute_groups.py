@@ -118,7 +118,8 @@ class _Entrance:
     """The carry into a group: the one of the forward pass while that lasts, then a replayed one."""
 
     def __init__(self, block: _Block, carry: Carry) -> None:
-        self.block, self.given, self.start = block, carry, block.start_group(carry)  # type: ignore[var-annotated]
+        self.block, self.start = block, block.start_group(carry)
+        self.given: Carry | None = carry
 
     def carry(self) -> Carry:
         return self.block.carry_at(self.start) if self.given is None else self.given
