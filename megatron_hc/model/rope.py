@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.norm import promote
@@ -47,8 +48,27 @@ def rope_table(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) ->
 def apply_rope(x: Tensor, table: RopeTable) -> Tensor:
     """Rotate the leading channels of x [S, B, heads, H]; computed in the table's dtype, result in x's."""
     rotated = table.cos.shape[-1]
-    turning, rest = x[..., :rotated].to(table.cos.dtype), x[..., rotated:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * table.cos + torch.cat((-second, first), dim=-1) * table.sin
-    turned = turned.to(x.dtype)
-    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+    turned = _Turn.apply(x[..., :rotated], table.cos, table.sin)
+    return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)
+
+
+class _Turn(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin) of both halves of the channels; its gradient is the turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """One pass for the exchanged halves, then whole rows in place: short rows are slow on a CPU."""
+    wide, (left, right) = x.to(cos.dtype), sin.chunk(2, dim=-1)
+    first, second = wide.chunk(2, dim=-1)
+    signed = torch.cat((-left, right) if direction > 0 else (left, -right), dim=-1)
+    return torch.cat((second, first), dim=-1).mul_(signed).add_(wide * cos).to(x.dtype)
