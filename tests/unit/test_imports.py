@@ -73,6 +73,7 @@ ONLY = {
     # The rows of the plan: they replace or wrap modules of the model, and have to know their classes.
     "parallel/tensor.py": {"model"},
     "parallel/recompute.py": {"model", "residual"},
+    "parallel/recompute_groups.py": {"model", "residual"},
     "parallel/recompute_reads.py": {"model", "residual"},
     "parallel/expert.py": {"model"},
     "parallel/fsdp.py": {"model"},
