@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -120,6 +121,46 @@ RECOMPUTE = {
 }
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "small buckets": {"reduce_bucket_size": 200, "allgather_bucket_size": 200, "overlap_comm": True},
+    "one by one": {"contiguous_gradients": False, "use_multi_rank_bucket_allreduce": False},
+    "all-reduce": {"reduce_scatter": False},
+    "aligned": {"parameter_alignment": True},
+    "small groups": {"sub_group_size": 200, "stage3_prefetch_bucket_size": 0},
+    "nothing ahead": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0},
+    "fetched by all-reduce": {"stage3_use_all_reduce_for_fetch_params": True, "memory_efficient_linear": False},
+    "fetched in turn": {"stage3_allgather_sequential": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("chosen", SETTINGS)
+def test_what_the_file_alone_says(
+    pair: Runs, tmp_path_factory: pytest.TempPathFactory, chosen: str, stage: int
+) -> None:
+    settings = {"stage3_param_persistence_threshold": 0, **SETTINGS[chosen]}
+    layout = f"{written(tmp_path_factory, **settings)} --zero-stage {stage}"
+    pair.check(Cell(f"{MODELS['mhc']} {RATE}", layout, "", 2, "fp32"))
+    narrow = pair.differences(Cell(f"{MODELS['mhc']} {RATE}", layout, "", 2, "bf16"))
+    assert not narrow, "\n".join(narrow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "layout"), [(4, TP2), (4, ""), (3, "")], ids=["tp2 x dp2", "dp4", "dp3"])
+def test_more_ranks(partitioned: str, world_size: int, layout: str) -> None:
+    """Stage 3 beside tensor parallelism, ranks that have nothing of a small parameter, runs that begin within a row."""
+    pool = Pool(size=world_size)
+    try:
+        runs = Runs(pool)
+        for stage, model in itertools.product((1, 2, 3), MODELS):
+            batch = "--micro-batch-size 2 --global-batch-size 24"
+            flags = f"{layout} {partitioned} --zero-stage {stage}"
+            runs.check(Cell(f"{MODELS[model]} {RATE}", flags, "", world_size, "fp32", batch=batch))
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recompute(pair: Runs, partitioned: str, stage: int, recompute: str) -> None:
@@ -153,11 +194,21 @@ def test_offloaded_parameters(pair: Runs, tmp_path_factory: pytest.TempPathFacto
     pair.check(Cell(f"{MODELS['mhc']} {RATE}", f"{layout} --zero-stage 3", "", 2, "fp32"))
 
 
+@pytest.mark.slow
+def test_compiled_layers(pair: Runs) -> None:
+    cell = Cell(f"{MODELS['hyper']} {RATE}", "--deepspeed --zero-stage 2", "--compile", 2, "fp32")
+    found = pair.pool.run(run_cell, cell, timeout_s=600)
+    assert not differences(assembled(found), pair.whole(cell), TOLERANCES["fp32"])
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_same_bits_as_our_own_zero_1(pair: Runs, partitioned: str, stage: int) -> None:
-    """In bf16, with norms and residual parameters in fp32. One micro-batch: stages 2 and 3 add up ranks first."""
+    """In bf16, with norms and residual parameters in fp32, and biases, which do not decay.
+
+    One micro-batch: with more, stages 2 and 3 add up ranks first.
+    """
     batch = "--micro-batch-size 2 --global-batch-size 4"
-    cell = Cell(f"{MODELS['mhc']} --clip-grad 0", "", "", 2, "bf16", batch=batch)
+    cell = Cell("--residual-connection mhc --clip-grad 0 --weight-decay 0.1", "", "", 2, "bf16", batch=batch)
     ours = pair.outcome(cell)
     theirs = pair.outcome(replace(cell, layout=f"{partitioned} --zero-stage {stage}"))
     assert theirs.losses == ours.losses
@@ -336,6 +387,18 @@ def test_whole_runs(tmp_path: Path, size: int, fault: Callable[[int], None] | No
     with Processes(size, f"{argv} 3 {save} --exit-on-missing-checkpoint", tmp_path / "second", fault) as run:
         assert run.wait(120) == [0] * size, run.output()
         assert "iteration        3/       3" in run.output()
+
+
+@pytest.mark.slow
+def test_reports(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    reports = {"steps_per_print": 1, "wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True}
+    file = written(tmp_path_factory, reports)
+    with Processes(2, f"{TINY} --train-iters 2 {file} --zero-stage 2", tmp_path) as run:
+        assert run.wait(120) == [0, 0], run.output()
+        assert "step=2" in run.output() and "fwd" in run.output()
+    with Processes(2, f"{TINY} --train-iters 2 --deepspeed --zero-stage 2", tmp_path / "quiet") as run:
+        assert run.wait(120) == [0, 0], run.output()
+        assert "[INFO] [engine" not in run.output()
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ CONTRADICTIONS: list[tuple[Any, str]] = [
     ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "device is nvme .* must be cpu or none"),
     ({"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}, "offload_optimizer .* names no device"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights .* not taken"),
+    ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients .* not taken"),
     ({"curriculum_learning": {"enabled": True}}, "curriculum_learning .* not taken"),
     ({"log_level": "loud"}, "log_level is loud .* must be one of debug, info"),
     ({"zero_optimization": 3}, "zero_optimization .* must be an object, not 3"),
