@@ -16,9 +16,9 @@ EXTRAS = {
     "log": ["tensorboard", "wandb", "matplotlib"],
     "plot": ["matplotlib"],
     "deepspeed": ["deepspeed>=0.19"],
-    "te": ["transformer-engine[pytorch]"],
-    "apex": ["apex"],
-    "fp8": ["torchao>=0.17"],
+    "te": ["transformer-engine[pytorch]>=2.0"],
+    # NVIDIA's apex is on no index: PyPI's package of that name is another project.
+    "fp8": ["torchao>=0.18"],
     "dev": [
         "pytest>=8",
         "pytest-timeout",

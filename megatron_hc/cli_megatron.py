@@ -68,7 +68,6 @@ _TE = "only sets up a transformer-engine feature that is off"
 NOT_NEEDED: dict[str, NotNeeded] = {
     # Kernels
     "use_flash_attn": NotNeeded(_KERNEL),
-    "transformer_impl": NotNeeded(_KERNEL, 1),
     "spec": NotNeeded(_KERNEL, 2),
     "use_mcore_models": NotNeeded(_ALWAYS),
     "use_legacy_models": NotNeeded("there is one model here"),
@@ -88,7 +87,6 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "tp_comm_overlap": NotNeeded(_SCHEDULE),
     "cross_entropy_loss_fusion": NotNeeded(_FUSION),
     "cross_entropy_fusion_impl": NotNeeded(_FUSION, 1),
-    "no_gradient_accumulation_fusion": NotNeeded(_FUSION),
     "no_async_tensor_model_parallel_allreduce": NotNeeded(_SCHEDULE),
     "disable_jit_fuser": NotNeeded(_JIT),
     # Precision that is the only one here

@@ -47,8 +47,8 @@ class Mesh:
     """torch.distributed groups by axis, by joined axes ('dp_cp', 'world'), 'kv': the ranks that share key/value
     heads, 'embedding': the two that hold a tied table, 'dp_cp_shard' and 'dp_cp_replica': of hybrid sharding, 'writer':
     all, for --async-save; None where the size is 1. With experts also 'tp_cp': the ranks that share a micro-batch,
-    'stage': those that have the same layers, 'experts': those that together hold all experts, 'etp': of these, those
-    that share one expert, and 'edp': those that hold the same part of the same experts."""
+    'experts': those that together hold all experts, 'etp': of these, those that share one expert, and 'edp': those that
+    hold the same part of the same experts. With experts or --fp8-recipe delayed 'stage': those with the same layers."""
     device: str = "cpu"
     """'cpu' or 'cuda:K'."""
     sequence_parallel: bool = False
@@ -164,11 +164,14 @@ def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str, join: 
     sharers = tp // config.model.num_kv_heads
     if sharers > 1:
         members["kv"] = [list(range(first, first + sharers)) for first in range(0, world_size, sharers)]
+    has_experts, stage = config.model.moe.num_experts is not None, world_size // pp
+    if has_experts or config.backends.shares_scales:
+        members["stage"] = [list(range(first, first + stage)) for first in range(0, world_size, stage)]
     groups = {name: join(lists) for name, lists in members.items()}
     groups["dp_cp"] = groups["dp"]
     groups |= _shard_groups(join, members["dp"], config.parallel.num_distributed_optimizer_instances)
     experts = ExpertRanks()
-    if config.model.moe.num_experts is not None:
+    if has_experts:
         experts = _expert_ranks(rank, config)
         groups |= _expert_groups(join, world_size, sizes, experts)
     if is_real and config.checkpoint.async_save and world_size > 1:
@@ -194,7 +197,6 @@ def _expert_groups(join: Join, world_size: int, sizes: dict[str, int], experts: 
     stage, block, sharers = world_size // sizes["pp"], experts.ranks * experts.parts, sizes["tp"] * sizes["cp"]
     members = {
         "tp_cp": [list(range(first, first + sharers)) for first in range(0, world_size, sharers)],
-        "stage": [list(range(first, first + stage)) for first in range(0, world_size, stage)],
         "experts": [list(range(first, first + block)) for first in range(0, world_size, block)],
         "etp": [list(range(first, first + experts.parts)) for first in range(0, world_size, experts.parts)],
         "edp": [

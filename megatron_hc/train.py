@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc import checkpoint
+from megatron_hc.backends import Fp8State, attach_backends, check_backends, checkpoint_of
 from megatron_hc.checkpoint_access import check_not_locked, choose, locked
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
@@ -34,7 +35,7 @@ from megatron_hc.log import Logger
 from megatron_hc.mesh import Mesh, build_mesh
 from megatron_hc.model.branch import branch_factors
 from megatron_hc.model.gpt import GPT
-from megatron_hc.optim import BatchSchedule, LearningRate, WeightDecay, parameter_groups
+from megatron_hc.optim import BatchSchedule, LearningRate, WeightDecay, adam_update, parameter_groups
 from megatron_hc.parallel.collectives import all_reduce
 from megatron_hc.parallel.data import DataParallelOptimizer, StepStats
 from megatron_hc.parallel.deepspeed import DeepSpeedOptimizer, check_deepspeed
@@ -89,6 +90,7 @@ class Run:
     placed: dict[str, Placement]
     pipeline: Pipeline
     optimizer: DataParallelOptimizer
+    fp8_state: Fp8State
     batches: BatchSchedule
     learning_rate: LearningRate
     weight_decay: WeightDecay
@@ -177,7 +179,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         check_not_locked(config.checkpoint.save, mesh)
     check_kernels(config, mesh)
     tokenizer = tokenizer_of(config.data)
-    model = build_model(config, tokenizer.vocab_size, mesh)
+    model = build_model(config, tokenizer.vocab_size, mesh, checkpoint_of(config))
     placed = placements(model, mesh)
     source = choose(config.checkpoint, mesh)
     if source is not None:
@@ -208,6 +210,9 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     # Dropout only: initial weights and data order have seeds of their own. Stages do not repeat each other's masks.
     torch.manual_seed(config.training.seed + 100 * mesh.rank("pp"))
     optimizer = build_optimizer(config, model, placed, mesh)
+    attached = attach_backends(model, config, mesh)
+    for line in attached.said:
+        logger.say(line)
     if config.training.compile:
         compile_layers(model, mesh)
     run = Run(
@@ -219,6 +224,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         placed=placed,
         pipeline=Pipeline(model, config, mesh),
         optimizer=optimizer,
+        fp8_state=attached.fp8_state,
         batches=batches,
         learning_rate=LearningRate(config.optimizer, config.training, mesh.size("dp")),
         weight_decay=WeightDecay(config.optimizer, config.training, mesh.size("dp")),
@@ -243,6 +249,7 @@ def check_kernels(config: TrainConfig, mesh: Mesh) -> None:
     if device.type == "cpu" and backend == "fused":
         raise ValueError("--attention-backend fused is cuDNN's and needs --device cuda, not cpu: use flash or auto")
     check_backend(config.model.fused_residual_backend, device)
+    check_backends(config, device)
 
 
 def compile_layers(model: GPT, mesh: Mesh) -> None:
@@ -273,12 +280,18 @@ def build_optimizer(config: TrainConfig, model: GPT, placed: dict[str, Placement
         dtypes,
         placed,
         users=model.stage_layers(),
+        update=adam_update(config.backends.optimizer_impl, state_device(config, mesh)),
     )
     if is_cast:
         cast_what_is_left(model, dtype)
     else:
         cast_parameters(model, dtype)
     return optimizer
+
+
+def state_device(config: TrainConfig, mesh: Mesh) -> torch.device:
+    """Where master weights and moments are."""
+    return torch.device("cpu" if config.parallel.optimizer_cpu_offload else mesh.device)
 
 
 def num_samples(config: TrainConfig, batches: BatchSchedule) -> tuple[int, int, int]:
@@ -545,7 +558,8 @@ def save(run: Run) -> None:
         run.saver.save(
             options.save,
             progress.iteration,
-            training_tensors(run.model, run.placed, run.optimizer, with_optimizer=options.save_optim),
+            training_tensors(run.model, run.placed, run.optimizer, with_optimizer=options.save_optim)
+            | (run.fp8_state.tensors() if options.save_optim else {}),
             state | {"logger": run.logger.state(), "spikes": run.spikes.state()},
             run.arguments,
             retain_interval=options.save_retain_interval,
@@ -558,6 +572,9 @@ def load(run: Run, source: Any) -> None:
     with_optimizer = options.load_optim and not weights_only
     tensors = training_tensors(run.model, run.placed, run.optimizer, with_optimizer=with_optimizer)
     checkpoint.load(source, asked_of(source, run.config, tensors), mesh=run.mesh)
+    if with_optimizer:
+        scales = run.fp8_state.asked(checkpoint.load_tensor_shapes(source))
+        checkpoint.load(source, scales, prefixes=(), mesh=run.mesh)
     run.optimizer.update_parameters()
     state = checkpoint.read_state(source)
     with_rng = options.load_rng and not weights_only

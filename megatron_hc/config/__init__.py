@@ -5,6 +5,7 @@ boolean field gives ``--name`` and ``--no-name``. ``validate()`` raises ``ValueE
 flags, the values and the mend. This module imports no torch: a wrong flag is refused before torch is loaded.
 """
 
+from megatron_hc.config.backends import BackendConfig
 from megatron_hc.config.common import flag
 from megatron_hc.config.data import DataConfig
 from megatron_hc.config.evaluation import EvaluationConfig
@@ -25,6 +26,7 @@ from megatron_hc.config.training import LogConfig, TrainingConfig
 from megatron_hc.config.zero import ZeroConfig
 
 __all__ = [
+    "BackendConfig",
     "DataConfig",
     "EvaluationConfig",
     "HEAD_NORM_PLACEMENTS",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from megatron_hc.config.backends import BackendConfig
 from megatron_hc.config.common import require
 from megatron_hc.config.data import DataConfig
 from megatron_hc.config.evaluation import EvaluationConfig
@@ -30,6 +31,8 @@ class TrainConfig:
     """The data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
+    backends: BackendConfig = field(default_factory=BackendConfig)
+    """What computes."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The run's length, batch and precision."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -76,6 +79,7 @@ class TrainConfig:
             not self.parallel.optimizer_cpu_offload or self.parallel.device != "cpu" or self.zero.deepspeed,
             "--optimizer-cpu-offload needs --device cuda, not cpu, where everything is in CPU memory",
         )
+        self._validate_backends()
 
     def _validate_kernels(self) -> None:
         backend = self.model.fused_residual_backend
@@ -88,6 +92,30 @@ class TrainConfig:
             "--compile and --recompute-modules residual exclude each other: it records reads and writes inside of a "
             "layer, which is one piece to the compiler",
         )
+
+    def _validate_backends(self) -> None:
+        options = self.backends
+        options.validate(self.model, self.parallel, self.training)
+        require(
+            not options.uses_transformer_engine or not self.data.reset_attention_mask,
+            "--transformer-impl transformer_engine and --reset-attention-mask exclude each other: its fused attention "
+            "takes no mask of documents",
+        )
+        for flag, is_given, why in (
+            (
+                "--transformer-impl transformer_engine",
+                options.uses_transformer_engine,
+                "its modules hold whole weights",
+            ),
+            (f"--fp8-format {options.fp8_format}", options.fp8_format is not None, "it needs whole weights"),
+            (f"--optimizer-impl {options.optimizer_impl}", options.optimizer_impl != "torch", "DeepSpeed has its own"),
+            ("--gradient-accumulation-fusion", options.gradient_accumulation_fusion, "DeepSpeed sums gradients itself"),
+        ):
+            require(
+                not is_given or not self.zero.deepspeed,
+                f"{flag} and --deepspeed exclude each other: {why}: leave out --deepspeed, --data-parallel-sharding-"
+                "strategy optim shares out optimizer state",
+            )
 
     def _validate_upcycling(self) -> None:
         """Copies of one MLP are that MLP if their weights sum to 1."""

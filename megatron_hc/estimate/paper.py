@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_hc.config import TrainConfig
 from megatron_hc.mesh import Mesh, mesh_of
 from megatron_hc.model.attention import CoreAttention
-from megatron_hc.model.experts import Experts, Rows
+from megatron_hc.model.experts import ExpertMatrix, Experts, Rows
 from megatron_hc.model.router import Router
 from megatron_hc.parallel.collectives import CountedGroup, all_gather, group_size
 from megatron_hc.parallel.expert import AllGatherMoE, AllToAllMoE, Exchange
@@ -133,8 +133,8 @@ class PaperRouter(Router):
 class PaperExperts(Experts):
     """All products in one, whatever the experts' shares."""
 
-    def grouped(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        return _GroupedProduct.apply(x, weight)
+    def grouped(self, x: Tensor, matrix: ExpertMatrix, counts: Tensor) -> Tensor:
+        return _GroupedProduct.apply(x, matrix.stacked(self.num_experts))
 
 
 class _GroupedProduct(torch.autograd.Function):

@@ -211,20 +211,20 @@ class Experts(nn.Module):
 
         Rows past the sum of the counts hold undefined numbers; nothing of them reaches a gradient of a parameter.
         """
-        E = self.num_experts
         x = x.to(self.linear_fc1.weight.dtype)
-        h = self.grouped(x, self.linear_fc1.stacked(E), counts)
+        h = self.grouped(x, self.linear_fc1, counts)
         if self.linear_fc1.bias is not None:
             h = h + self.linear_fc1.bias_of_rows(counts, x.shape[0])
         weights = weights.unsqueeze(-1)
         h = (self.activate(h) * weights).to(x.dtype)  # weights are fp32: one rounding
-        y = self.grouped(h, self.linear_fc2.stacked(E), counts)
+        y = self.grouped(h, self.linear_fc2, counts)
         if self.linear_fc2.bias is not None and self.adds_bias:
             y = y + (self.linear_fc2.bias_of_rows(counts, x.shape[0]) * weights).to(y.dtype)
         return y
 
-    def grouped(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        return grouped_linear(x, weight, counts, self.use_grouped_mm)
+    def grouped(self, x: Tensor, matrix: ExpertMatrix, counts: Tensor) -> Tensor:
+        """Rows x [N, in] sorted by expert times each expert's matrix -> [N, out]: what another package may do."""
+        return grouped_linear(x, matrix.stacked(self.num_experts), counts, self.use_grouped_mm)
 
     def activate(self, h: Tensor) -> Tensor:
         if self.activation == "swiglu":

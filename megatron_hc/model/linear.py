@@ -73,7 +73,11 @@ class Linear(nn.Module):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T (+ b): what a zero-bubble pipeline replaces by a version whose weight gradient can wait."""
-        return F.linear(x, self.weight, bias)
+        return self.product(x, self.weight, bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in], rows of W [out, in] and of b -> [..., out]: the arithmetic, which another package may do."""
+        return F.linear(x, weight, bias)
 
     def forward_parts(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each logical matrix of a merged weight times an input of its own, {name: [..., in]} -> {name: [..., out]}."""
@@ -83,7 +87,8 @@ class Linear(nn.Module):
         assert overridden, f"{kind.__name__} has a forward of its own, so it needs a forward_parts of its own"
         weights = self.parts.split(self.weight)
         biases = {} if self.bias is None else self.parts.split(self.bias)
-        return {name: F.linear(x.to(self.weight.dtype), weights[name], biases.get(name)) for name, x in inputs.items()}
+        dtype = self.weight.dtype
+        return {name: self.product(x.to(dtype), weights[name], biases.get(name)) for name, x in inputs.items()}
 
     def initial(self, name: str, draw: Draw) -> Tensor:
         out_features, in_features = self.weight.shape

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_hc.config import OptimizerConfig, ParallelConfig
 from megatron_hc.kernels.norm import promote
 from megatron_hc.mesh import Mesh
-from megatron_hc.optim import ParameterGroup, adamw_step, clip_coefficient, grad_norm_squared, num_zeros
+from megatron_hc.optim import AdamUpdate, ParameterGroup, adamw_step, clip_coefficient, grad_norm_squared, num_zeros
 from megatron_hc.parallel.collectives import all_reduce
 from megatron_hc.parallel.gather import ParameterGatherer
 from megatron_hc.parallel.gradients import GradientReducer
@@ -37,7 +37,8 @@ class DataParallelOptimizer:
     """AdamW on fp32 master weights, with gradients summed over micro-batches and ranks in fp32.
 
     Made from the fp32 initial values, before ``cast_parameters``. ``dtypes`` and ``placed`` by parameter name;
-    ``users``: the modules that wait for their parameters themselves under --overlap-param-gather.
+    ``users``: the modules that wait for their parameters themselves under --overlap-param-gather. ``update``: what
+    updates masters and moments, ``adamw_step`` or another package's kernel.
 
     A step: ``begin``, forward and backward passes, ``reduce_gradients``, ``grad_norm``, ``step``.
     """
@@ -51,8 +52,9 @@ class DataParallelOptimizer:
         dtypes: Mapping[str, torch.dtype],
         placed: Mapping[str, Placement],
         users: Iterable[nn.Module] = (),
+        update: AdamUpdate = adamw_step,
     ) -> None:
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.update = config, mesh, update
         self.num_steps = 0
         self.sharding = sharding_of(parallel, mesh)
         self.expert_sharding = expert_sharding_of(parallel, mesh)
@@ -158,9 +160,7 @@ class DataParallelOptimizer:
         """Sum of ``measure`` over the whole model: what h ranks hold counts 1 / h on each."""
         return self._totals(measure, tensors, [0] * len(self.slots), 1)[0]
 
-    def _totals(
-        self, measure: object, tensors: Iterable[Tensor | None], rows: Sequence[int], num_rows: int
-    ) -> Tensor:
+    def _totals(self, measure: object, tensors: Iterable[Tensor | None], rows: Sequence[int], num_rows: int) -> Tensor:
         """``_total`` in several parts [num_rows]; ``rows``: which one each slot counts in."""
         assert callable(measure)
         by_holders: dict[tuple[bool, int, int, torch.device], list[Tensor]] = {}
@@ -200,7 +200,7 @@ class DataParallelOptimizer:
             grads = [slot.grad for slot in alike if slot.grad is not None]
             if clip < 1.0:
                 torch._foreach_mul_(grads, clip)
-            adamw_step(
+            self.update(
                 [slot.master for slot in alike],
                 [grad.to(slot.master.device) for slot, grad in zip(alike, grads, strict=True)],
                 [slot.exp_avg for slot in alike],

@@ -39,6 +39,8 @@ class GradientReducer:
             for slot in bucket:
                 slot.parameter.grad = slot.main_grad = slot.grad = None
                 slot.arrivals = 0
+                if slot.is_fused:
+                    slot.prepare_fusion()
 
     def _hook(self, index: int, slot: Slot) -> Any:
         def arrived(parameter: Tensor) -> None:

@@ -22,7 +22,7 @@ from megatron_hc.model.gpt import GPT, padded_vocab_size
 from megatron_hc.model.linear import NormLayer, Parts
 from megatron_hc.parallel.expert import spread_experts
 from megatron_hc.parallel.placement import Box, Placement, even, expert_rows, grouped_queries, held_twice, whole
-from megatron_hc.parallel.recompute import set_up_recompute
+from megatron_hc.parallel.recompute import Checkpoint, set_up_recompute
 from megatron_hc.parallel.tensor import (
     ColumnParallelLinear,
     ParallelPositionTable,
@@ -84,8 +84,8 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.training.bf16 else torch.float64 if config.training.fp64 else torch.float32
 
 
-def build_model(config: TrainConfig, vocab_size: int, mesh: Mesh) -> GPT:
-    """This rank's model, its parameters full-size and still without storage (meta device)."""
+def build_model(config: TrainConfig, vocab_size: int, mesh: Mesh, keep: Checkpoint | None = None) -> GPT:
+    """This rank's model, its parameters full-size and still without storage (meta device). ``keep``: recomputes."""
     layers, layout = config.parallel, config.parallel.pipeline_layout(config.model.num_layers)
     stages = layout.stages_of(mesh.rank("pp"))
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def build_model(config: TrainConfig, vocab_size: int, mesh: Mesh) -> GPT:
             has_output=layout.num_stages - 1 in stages,
         )
     spread_experts(model, mesh, layers.moe_token_dispatcher_type)
-    set_up_recompute(model, layers)
+    set_up_recompute(model, layers, keep)
     return model
 
 

@@ -107,11 +107,28 @@ class Slot:
         """A tensor of this rank's rows (master, moment, gradient), as views that say where they lie."""
         return [((self.rows[0], *[0] * (tensor.dim() - 1)), tensor)] if tensor.numel() > 0 else []
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether a matrix multiplication adds gradients to ``main_grad`` itself (--gradient-accumulation-fusion).
+
+        Megatron-LM's protocol, which transformer-engine's modules know: the parameter has a ``main_grad`` and is told
+        by ``grad_added_to_main_grad``; the gradient that autograd then brings is any tensor of its shape.
+        """
+        return hasattr(self.parameter, "grad_added_to_main_grad")
+
+    def prepare_fusion(self) -> None:
+        """A sum of zero for the step to come."""
+        self.main_grad = torch.zeros_like(self.parameter, dtype=self.master.dtype)
+        self.parameter.main_grad = self.main_grad  # type: ignore[attr-defined]
+        self.parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+
     def accumulate(self) -> None:
         """Move a micro-batch's gradient into the wide sum and free it."""
         grad = self.parameter.grad
         assert grad is not None
-        if self.main_grad is None:
+        if self.is_fused and self.parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
+            self.parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        elif self.main_grad is None:
             self.main_grad = grad.to(self.master.dtype)
         else:
             self.main_grad.add_(grad)

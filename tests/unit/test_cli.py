@@ -126,11 +126,11 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_flags_not_needed_are_listed_with_the_command_line_without_them() -> None:
-    argv = "--use-flash-attn --transformer-impl local --data-path".split() + ["a b", "--ckpt-format=torch"]
+    argv = "--use-flash-attn --cross-entropy-fusion-impl te --data-path".split() + ["a b", "--ckpt-format=torch"]
     lines = error_of(*argv, prog="pretrain_gpt.py").splitlines()
     assert lines[0] == "3 arguments to mend"
     assert "  --use-flash-attn is not needed here: only picks a kernel" in lines
-    assert "  --transformer-impl local is not needed here: only picks a kernel" in lines
+    assert "  --cross-entropy-fusion-impl te is not needed here: fused kernels are picked by themselves" in lines
     assert lines[-1] == f"pretrain_gpt.py {' '.join(REQUIRED)} --data-path 'a b'"
 
 
@@ -222,7 +222,7 @@ def test_yaml_flat_and_nested_with_dashes_or_underscores(tmp_path: Path) -> None
         ("lr: 1\nlr: 2", "lr (yaml FILE): is given twice"),
         ("min-lr: 1\nmin_lr: 2", "min_lr (yaml FILE): is given twice"),
         ("optimiser: {}", "optimiser (yaml FILE): is not a setting (did you mean optimizer?)"),
-        ("transformer-impl: local", "transformer-impl (yaml FILE) is not needed here: only picks a kernel"),
+        ("use-flash-attn: true", "use-flash-attn (yaml FILE) is not needed here: only picks a kernel"),
         ("fp16: true", "fp16 (yaml FILE): is not offered: use --bf16"),
         ("dataloader_type: cyclic", "dataloader_type (yaml FILE): 'cyclic' is not offered"),
         ("- 1", "--yaml-cfg FILE: must hold 'name: value' lines, not [1]"),

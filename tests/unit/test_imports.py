@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_hc"
 
 MAY_IMPORT: dict[str, set[str]] = {
+    "backends": {"config", "kernels", "mesh", "model", "optim", "packages", "parallel", "stored"},
+    "packages": set(),
     "config": {"pipeline_layout"},
     "pipeline_layout": set(),
     "cli_megatron": set(),
@@ -31,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"config", "residual", "kernels"},
     "parallel": {"mesh", "kernels", "config", "pipeline_layout", "stored"},
     "data": {"config", "mesh"},
-    "optim": {"config", "mesh"},
+    "optim": {"config", "mesh", "packages"},
     "checkpoint": {"config", "mesh", "checkpoint_folder", "checkpoint_ranks", "checkpoint_save", "stored"},
     "checkpoint_save": {"launch", "mesh", "checkpoint_folder", "checkpoint_ranks", "stored"},
     "launch": {"place"},
@@ -92,7 +94,7 @@ KERNEL_FILES = {"kernels/boundary_triton.py": {"triton"}, "kernels/boundary_trit
 """Files that are kernels of an optional library, whose decorators need it; they are imported by functions only."""
 
 TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
-TORCH_FREE += ("launch", "place")
+TORCH_FREE += ("launch", "packages", "place")
 
 COPIED = "convert/hf_code/"
 """Files that are copied beside exported weights and never imported here."""
