@@ -105,7 +105,7 @@ class TrainConfig:
             (
                 "--transformer-impl transformer_engine",
                 options.uses_transformer_engine,
-                "its modules hold whole weights",
+                "it needs whole weights",
             ),
             (f"--fp8-format {options.fp8_format}", options.fp8_format is not None, "it needs whole weights"),
             (f"--optimizer-impl {options.optimizer_impl}", options.optimizer_impl != "torch", "DeepSpeed has its own"),
