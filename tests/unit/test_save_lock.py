@@ -59,6 +59,7 @@ def test_a_killed_job_leaves_a_lock_that_is_taken_over_at_once(
 ) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
+    check_lock(tmp_path)
     with SaveLock(tmp_path):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
     assert caplog.text.count("is stale (its process has ended)") == 1
