@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc.kernels import boundary_blocks, boundary_cpp
+from megatron_hc.kernels.boundary_results import empty_gradients, empty_results
 from megatron_hc.kernels.coefficients import Form, Weights, coefficient_gradients, coefficients, wants_triton
 from megatron_hc.kernels.norm import promote
 
@@ -98,16 +99,7 @@ def _(
     parameters: Sequence[Tensor],
     *form: Any,
 ) -> tuple[Tensor, ...]:
-    T, N, D = streams.shape
-    R, norm = form[2], form[7]
-    wide = promote(streams.dtype)
-    shape: tuple[int, ...] = (0,)
-    if projection is not None:
-        K, width = projection.shape
-        shape = (T, N * D // width, K + 2)
-    small = [streams.new_empty(of, dtype=wide) for of in ((T, R, N), (T, N, N), (T, N, R), shape)]
-    norm_statistics = streams.new_empty((T if norm else 0, 2), dtype=wide)
-    return streams.new_empty((T, N, D)), streams.new_empty((T, R * D)), *small, norm_statistics
+    return empty_results(streams, form[2], projection, form[7])
 
 
 @torch.library.custom_op("megatron_hc::boundary_backward", mutates_args=())
@@ -178,11 +170,9 @@ def _(
     *rest: Any,
 ) -> list[Tensor]:
     wide = promote(streams.dtype)
-    found = [streams.new_empty(streams.shape)]
-    for tensor in (output, write, keep, projection):
-        shape = (0,) if tensor is None else tensor.shape
-        found.append(streams.new_empty(shape, dtype=wide if tensor is None else tensor.dtype))
-    found += [streams.new_empty(g_x.shape[-1], dtype=wide) for _ in range(2)]
+    of_projection = streams.new_empty(0, dtype=wide) if projection is None else projection.new_empty(projection.shape)
+    of_norm = [streams.new_empty(g_x.shape[-1], dtype=wide) for _ in range(2)]
+    found = [*empty_gradients(streams, output, write, keep), of_projection, *of_norm]
     return [*found, *(p.new_empty(p.shape) for p in parameters)]
 
 
@@ -262,8 +252,7 @@ def _fold_backward(
 def _(
     grad: Tensor, streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    s, o, w, k = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (streams, output, write, keep))
-    return s, o, w, k
+    return empty_gradients(streams, output, write, keep)
 
 
 def _save_fold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_hc.kernels.boundary_results import empty_gradients
 from megatron_hc.kernels.coefficients import Form
 from megatron_hc.kernels.norm import promote
 
@@ -155,10 +156,7 @@ def enter_backward(
     """Gradients of H' (by later readers), x and the statistics -> of H, Y, write, keep and W; absent ones are [0]."""
     T, N, D = new.shape
     wide = read.dtype
-    g_streams = torch.empty(T, N, D, dtype=new.dtype, device=new.device)
-    written = [torch.empty(0, dtype=wide, device=new.device) for _ in range(3)]
-    if output is not None and write is not None and keep is not None:
-        written = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (output, write, keep)]
+    g_streams, *written = empty_gradients(streams, output, write, keep)
     g_projection = torch.zeros(0, dtype=wide, device=new.device) if projection is None else torch.zeros_like(projection)
     for part in blocks(new):
         grad = torch.baddbmm(g_new[part].to(wide), read[part], g_x[part])  # [t, N, D]
@@ -226,9 +224,8 @@ def fold_backward(
     grad: Tensor, streams: Tensor, output: Tensor, write: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradient of H' -> of H, Y, write and keep."""
-    T, N, D = streams.shape
-    found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (streams, output, write, keep)]
+    found = empty_gradients(streams, output, write, keep)
     for part in blocks(streams):
         inputs = (streams[part], output[part], write[part], keep[part])
         _fold_gradient([tensor[part] for tensor in found], grad[part].contiguous(), *inputs)
-    return found[0], found[1], found[2], found[3]
+    return found

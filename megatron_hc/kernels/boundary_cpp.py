@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hc.kernels.boundary_results import NORMS
 from megatron_hc.kernels.coefficients import Form
 
 SOURCE = Path(__file__).with_name("boundary.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
-NORMS = {"": 0, "RMSNorm": 1, "LayerNorm": 2}
 
 
 @functools.cache

@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hc.kernels.boundary_results import NORMS, empty_gradients, empty_results, pointer, unexpanded
 from megatron_hc.kernels.coefficients import Form
-
-NORMS = {"": 0, "RMSNorm": 1, "LayerNorm": 2}
 
 
 def can_do(form: Form, streams: Tensor) -> bool:
@@ -228,19 +227,6 @@ def _constants(form: Form, streams: Tensor, output: Tensor | None, projection: T
     }
 
 
-def _streams(streams: Tensor) -> tuple[Tensor, int]:
-    """H and the stride between its streams: an embedding that was expanded to N streams is read once."""
-    T, N, D = streams.shape
-    if N > 1 and streams.stride() == (D, 0, 1):
-        return streams, 0
-    return streams.contiguous(), D
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer for what a kernel does not look at."""
-    return other if tensor is None else tensor.contiguous()
-
-
 def forward(
     form: Form,
     streams: Tensor,
@@ -253,25 +239,20 @@ def forward(
     parameters: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """-> H', x, write', keep', read', the statistics, those of the norm: as ``boundary`` has them."""
-    T, N, D = streams.shape
-    R, K = form.num_reads, form.num_reads + N + 1
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": streams.device}
-    new = torch.empty(T, N, D, dtype=streams.dtype, device=streams.device)
-    x = torch.empty(T, R * D, dtype=streams.dtype, device=streams.device)
-    next_write = torch.empty(T, R, N, **wide) if R == 1 else torch.zeros(T, R, N, **wide)
-    next_keep, read = torch.empty(T, N, N, **wide), torch.empty(T, N, R, **wide)
-    statistics = torch.empty((T, N, K + 2) if projection is not None else (0,), **wide)
-    norm_statistics = torch.empty(T if form.norm else 0, 2, **wide)
-    h, stride = _streams(streams)
+    results = empty_results(streams, form.num_reads, projection, form.norm)
+    new, x, next_write, next_keep, read, statistics, norm_statistics = results
+    if form.num_reads > 1:
+        next_write.zero_()  # but for its diagonal
+    h, stride = unexpanded(streams)
     static_read, static_keep, static_write = (p.contiguous() for p in parameters[:3])
     alpha, beta = parameters[3:] if projection is not None else (static_read, static_read)
-    _forward[(T,)](
-        *(h, _or(output, h), _or(write, x), _or(keep, x), _or(projection, x)),
-        *(static_read, static_keep, static_write, alpha, beta, _or(norm_weight, x), _or(norm_bias, x)),
+    _forward[(streams.shape[0],)](
+        *(h, pointer(output, h), pointer(write, x), pointer(keep, x), pointer(projection, x)),
+        *(static_read, static_keep, static_write, alpha, beta, pointer(norm_weight, x), pointer(norm_bias, x)),
         *(new, x, read, next_write, next_keep, statistics, norm_statistics, form.eps, form.norm_eps, stride),
         **_constants(form, streams, output, projection),
     )
-    return new, x, next_write, next_keep, read, statistics, norm_statistics
+    return results
 
 
 def num_programs(tokens: int, device: torch.device) -> int:
@@ -303,19 +284,17 @@ def backward(
     T, N, D = new.shape
     C, K = form.num_reads * D, form.num_reads + N + 1
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
-    g_streams, g_read = torch.empty_like(new), torch.empty_like(read)
-    written = [torch.empty(0, **wide) for _ in range(3)]
-    if output is not None and write is not None and keep is not None:
-        written = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (output, write, keep)]
+    g_streams, *written = empty_gradients(streams, output, write, keep)
+    g_read = torch.empty_like(read)
     g_statistics = torch.empty_like(statistics)
     programs = num_programs(T, new.device)
     partial = torch.empty(programs, 2, C, **wide)
-    h, stride = _streams(streams)
+    h, stride = unexpanded(streams)
     alpha, beta = parameters[3:] if projection is not None else (read, read)
     _backward[(programs,)](
         *(g_new.contiguous(), g_x.contiguous(), g_write.contiguous(), g_keep.contiguous()),
-        *(h, _or(output, h), _or(write, read), _or(keep, read), _or(projection, read)),
-        *(alpha, beta, _or(norm_weight, read), new, read, statistics, norm_statistics),
+        *(h, pointer(output, h), pointer(write, read), pointer(keep, read), pointer(projection, read)),
+        *(alpha, beta, pointer(norm_weight, read), new, read, statistics, norm_statistics),
         *(g_streams, *written, g_read, g_statistics, partial, T, form.eps, stride),
         **_constants(form, streams, output, projection),
     )

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_hc.kernels.boundary_results import NORMS, empty_gradients, empty_results, pointer, unexpanded
 from megatron_hc.kernels.coefficients import Form
 
-NORMS = {"": 0, "RMSNorm": 1, "LayerNorm": 2}
 BLOCK_M = 16
 
 
@@ -316,16 +316,6 @@ def _scales(form: Form, parameters: list[Tensor]) -> Tensor:
     return parameters[1].repeat_interleave(torch.tensor([N, N, N * N], device=bias.device), output_size=bias.shape[0])
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer for what a kernel does not look at."""
-    return other if tensor is None else tensor.contiguous()
-
-
-def _streams(streams: Tensor) -> tuple[Tensor, int]:
-    T, N, D = streams.shape
-    return (streams, 0) if streams.stride() == (D, 0, 1) else (streams.contiguous(), D)
-
-
 def forward(
     form: Form,
     streams: Tensor,
@@ -340,16 +330,12 @@ def forward(
     """-> H', x, write', keep', read', the statistics, those of the norm: as ``boundary`` has them."""
     T, N, D = streams.shape
     K = N * N + 2 * N
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": streams.device}
-    new = torch.empty(T, N, D, dtype=streams.dtype, device=streams.device)
-    x = torch.empty(T, D, dtype=streams.dtype, device=streams.device)
-    read, next_write, next_keep = (torch.empty(T, *size, **wide) for size in ((N, 1), (1, N), (N, N)))
-    statistics = torch.empty((T, 1, K + 2) if projection is not None else (0,), **wide)
-    norm_statistics = torch.empty(T if form.norm else 0, 2, **wide)
-    h, stride = _streams(streams)
+    results = empty_results(streams, 1, projection, form.norm)
+    new, x, next_write, next_keep, read, statistics, norm_statistics = results
+    h, stride = unexpanded(streams)
     _forward[(triton.cdiv(T, BLOCK_M),)](
-        *(h, _or(output, h), _or(write, x), _or(keep, x), _or(projection, x)),
-        *(_scales(form, parameters), parameters[0].contiguous(), _or(norm_weight, x), _or(norm_bias, x)),
+        *(h, pointer(output, h), pointer(write, x), pointer(keep, x), pointer(projection, x)),
+        *(_scales(form, parameters), parameters[0].contiguous(), pointer(norm_weight, x), pointer(norm_bias, x)),
         *(new, x, read, next_write, next_keep, statistics, norm_statistics, T, form.eps, form.norm_eps, stride),
         **_sizes(streams, K),
         HAS_OUTPUT=output is not None,
@@ -358,7 +344,7 @@ def forward(
         ITERATIONS=form.iterations,
         FLOOR=_floor(),
     )
-    return new, x, next_write, next_keep, read, statistics, norm_statistics
+    return results
 
 
 def leave_backward(
@@ -372,7 +358,7 @@ def leave_backward(
     partial = torch.zeros(programs if form.norm else 1, 2, D, dtype=torch.float32, device=new.device)
     sizes = _sizes(new, 1)
     _leave_backward[(programs,)](
-        *(grad.contiguous(), new, read, _or(weight, read), found, g_mixed, g_read, partial, T),
+        *(grad.contiguous(), new, read, pointer(weight, read), found, g_mixed, g_read, partial, T),
         **{name: sizes[name] for name in ("N", "D", "NP", "M", "E")},
         NORM=NORMS[form.norm],
     )
@@ -414,14 +400,11 @@ def enter_backward(
     T, N, D = new.shape
     K = N * N + 2 * N
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
-    g_streams = torch.empty_like(new)
-    written = [torch.empty(0, **wide) for _ in range(3)]
-    if output is not None and write is not None and keep is not None:
-        written = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (output, write, keep)]
-    h, stride = _streams(streams)
+    g_streams, *written = empty_gradients(streams, output, write, keep)
+    h, stride = unexpanded(streams)
     _enter_backward[(triton.cdiv(T, BLOCK_M),)](
-        *(g_new.contiguous(), g_mixed, read, new, g_statistics, h, _or(output, h), _or(write, read)),
-        *(_or(keep, read), _or(projection, read), g_streams, *written, T, stride),
+        *(g_new.contiguous(), g_mixed, read, new, g_statistics, h, pointer(output, h), pointer(write, read)),
+        *(pointer(keep, read), pointer(projection, read), g_streams, *written, T, stride),
         **_sizes(new, K),
         HAS_OUTPUT=output is not None,
         IS_DYNAMIC=projection is not None,
