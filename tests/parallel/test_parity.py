@@ -49,6 +49,7 @@ def test_everything_occurs() -> None:
     assert {(row["method"], form) for row, form in ROWS} == {(m, f) for m in RESIDUALS for f in range(len(forms(m)))}
     assert {row["value"] for row in rows} >= set(VALUE_RESIDUALS)
     assert {row["norm"] for row in rows} >= set(NORM_PLACEMENTS)
+    assert {row["recompute"] for row in rows} == set(RECOMPUTE)
 
 
 def test_pairs_are_covered() -> None:
@@ -69,13 +70,6 @@ def test_narrow_precisions(runs: Runs, method: str, precision: str) -> None:
     # A small rate: where a gradient is rounding errors, Adam makes whole steps of them.
     model = f"{SHAPES['llama']} --residual-connection {method} --lr 1e-4"
     runs.check(Cell(model, precision=precision, **TP2_SP_DP2))
-
-
-@pytest.mark.parametrize("method", ["hyper", "frac", "mhc"])
-def test_without_the_fused_boundary(runs: Runs, method: str) -> None:
-    """In fp32, where the other cells take it (float64 never does)."""
-    model = f"{SHAPES['llama']} --residual-connection {method} --no-fused-residual --lr 1e-4"
-    runs.check(Cell(model, precision="fp32", **TP2_SP_DP2))
 
 
 @pytest.mark.slow
