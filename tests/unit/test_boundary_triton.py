@@ -33,7 +33,7 @@ CASES = [
     ("mhc", 2, 64, 7, False),
     ("mhc-static", 4, 48, 3, True),
 ]
-GPU_CASES = [
+ALL_CASES = [
     (kind, n, d, tokens, True)
     for kind in ("hyper", "frac", "mhc")
     for n in (1, 2, 3, 4, 8)
@@ -41,14 +41,17 @@ GPU_CASES = [
     for tokens in (1, 7, 128, 1000)
     if kind != "mhc" or n > 1
 ]
+FEW_TOKENS = [case for case in ALL_CASES if case[3] <= 7]  # the interpreter goes through them one by one
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="these are the tests that it runs")
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_the_interpreter(marker: str) -> None:
     """In a process of its own: Triton decides when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-x", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-m", marker, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    limit = 600 if marker == "not slow" else 7200
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
@@ -62,9 +65,18 @@ def test_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> N
     check("triton", kind, dtype, n, d, tokens, has_output, DEVICE, cuts)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("case", FEW_TOKENS, ids=lambda case: "-".join(map(str, case)))
+def test_sizes_in_the_interpreter(case: tuple[str, int, int, int, bool]) -> None:
+    kind, n, d, tokens, has_output = case
+    for dtype in BOUND:
+        check("triton", kind, dtype, n, d, tokens, has_output, DEVICE, cuts=dtype == torch.bfloat16)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_sizes_on_a_gpu(case: tuple[str, int, int, int, bool]) -> None:
     kind, n, d, tokens, has_output = case
     for dtype in BOUND:
