@@ -202,19 +202,23 @@ def test_compiled_layers(pair: Runs) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_same_bits_as_our_own_zero_1(pair: Runs, partitioned: str, stage: int) -> None:
+def test_the_same_bits_as_our_own_zero_1(pair: Runs, tmp_path_factory: pytest.TempPathFactory, stage: int) -> None:
     """In bf16, with norms and residual parameters in fp32, and biases, which do not decay.
 
-    One micro-batch: with more, stages 2 and 3 add up ranks first.
+    One micro-batch: with more, stages 2 and 3 add up ranks first. Sizes are multiples of 16, so that wherever a run is
+    cut, torch's AdamW has no rest, which it would round in another way than what fills a vector register. DeepSpeed's
+    linear layers, which round a product before they add the bias, are left out.
     """
+    file = written(tmp_path_factory, stage3_param_persistence_threshold=0, memory_efficient_linear=False)
+    sizes = "--hidden-size 32 --ffn-hidden-size 64 --max-position-embeddings 16"
     batch = "--micro-batch-size 2 --global-batch-size 4"
-    cell = Cell("--residual-connection mhc --clip-grad 0 --weight-decay 0.1", "", "", 2, "bf16", batch=batch)
+    cell = Cell(f"{sizes} --residual-connection mhc --clip-grad 0 --weight-decay 0.1", "", "", 2, "bf16", batch=batch)
     ours = pair.outcome(cell)
-    theirs = pair.outcome(replace(cell, layout=f"{partitioned} --zero-stage {stage}"))
+    theirs = pair.outcome(replace(cell, layout=f"{file} --zero-stage {stage}"))
     assert theirs.losses == ours.losses
     for mine, other in zip(theirs.gradients, ours.gradients, strict=True):
         assert mine.keys() == other.keys()
-        assert all((mine[name].low == other[name].low).all() for name in mine)
+        assert not [name for name in mine if (mine[name].low != other[name].low).any()]
 
 
 # ---- checkpoints ----
