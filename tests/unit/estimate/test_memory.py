@@ -133,7 +133,7 @@ class Kept:
 def kept_inputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kept]]:
     """What recomputed regions keep as their inputs is not seen by autograd's hooks."""
     counting: list[Kept] = []
-    checkpoint, leaf = recompute.checkpoint, recompute_reads._leaf
+    checkpoint, leaf = recompute.checkpoint, recompute_reads.leaf
 
     def noted(function, *arguments, **options):  # type: ignore[no-untyped-def]
         for tensor in torch.utils._pytree.tree_leaves(arguments):
@@ -142,7 +142,7 @@ def kept_inputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Kept]]:
         return checkpoint(function, *arguments, **options)
 
     monkeypatch.setattr(recompute, "checkpoint", noted)
-    monkeypatch.setattr(recompute_reads, "_leaf", lambda t: counting[0].note(leaf(t)) if counting else leaf(t))
+    monkeypatch.setattr(recompute_reads, "leaf", lambda t: counting[0].note(leaf(t)) if counting else leaf(t))
     yield counting
 
 
