@@ -41,6 +41,7 @@ EXTRAS = {
         "pyarrow",
         "tiktoken",
         "tokenizers",
+        "torchao>=0.17",
         "transformers>=5.0",
         "uvicorn>=0.30",
         "zstandard",

@@ -31,6 +31,8 @@ def on_a_stand_in() -> object:
 
 def run(licence: str, folder: Path, *flags: object, save: bool = False) -> list[float]:
     """Losses of a run in ``folder``."""
+    if "torchao" in flags:
+        pytest.importorskip("torchao")
     saves = ["--save", folder / "run", "--load", folder / "run"] if save else []
     assert command(tiny(licence, folder, *RUN, *saves, *flags)) == 0
     return losses(folder)
