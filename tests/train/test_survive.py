@@ -67,8 +67,12 @@ def test_a_signal_saves_and_ends_with_85(
 
 
 def test_ctrl_c_ends_with_a_sentence(flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
     at_iteration(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert command(flags()) == 130
+    try:
+        assert command(flags()) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.splitlines()[-1] == "pretrain_gpt.py: interrupted at iteration 3"
 
 
