@@ -41,7 +41,7 @@ EXTRAS = {
         "pyarrow",
         "tiktoken",
         "tokenizers",
-        "torchao>=0.17",
+        "torchao>=0.18",
         "transformers>=5.0",
         "uvicorn>=0.30",
         "zstandard",
