@@ -4,8 +4,10 @@
     python tools/benchmark_shakespeare.py --input tinyshakespeare.txt --methods torch-epochs torch-windows
 
 The model is nanoGPT's CPU configuration: 4 layers, 128 wide, 4 heads, 64 tokens, batch 12, 2,000 iterations, GELU,
-LayerNorm, learned positions, no bias in linear layers, no dropout, AdamW with lr 1e-3 to 1e-4 (cosine, 100 warm-up),
-beta2 0.99, weight decay 0.1, clip 1. Tokens are bytes. The first 90 % of the bytes are for training.
+LayerNorm, learned positions, no bias in linear layers and LayerNorms, no dropout, AdamW with lr 1e-3 to 1e-4 (cosine,
+100 warm-up), beta2 0.99, weight decay 0.1, clip 1. Tokens are bytes (and an end of document, which never occurs). The
+first 90 % of the bytes are for training: windows that do not overlap, in random order, epoch by epoch, where nanoGPT
+draws windows at random.
 
 Validation: the other 10 % are cut, from the start, into windows of 64 predictions that do not overlap (the last token
 of a window is the first input of the next), so that every byte after the first is predicted once, with 0 to 63 bytes
@@ -43,10 +45,10 @@ from megatron_hc.train import train
 from benchmark_plain import BATCH, LENGTH, PlainGPT  # isort: skip
 
 FLAGS = f"""--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length {LENGTH} --disable-bias-linear
-    --normalization LayerNorm --position-embedding-type learned_absolute --make-vocab-size-divisible-by 1
-    --micro-batch-size {BATCH} --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --adam-beta2 0.99 --weight-decay 0.1
-    --clip-grad 1.0 --tokenizer-type ByteTokenizer --eval-iters 0 --eval-interval 0 --num-workers 0
-    --log-interval 100 --device cpu"""
+    --normalization LayerNorm --disable-bias-layernorm --position-embedding-type learned_absolute
+    --make-vocab-size-divisible-by 1 --micro-batch-size {BATCH} --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine
+    --adam-beta2 0.99 --weight-decay 0.1 --clip-grad 1.0 --tokenizer-type ByteTokenizer --eval-iters 0
+    --eval-interval 0 --num-workers 0 --log-interval 100 --device cpu"""
 
 
 def write_part(prefix: Path, data: bytes) -> str:

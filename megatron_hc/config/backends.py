@@ -178,6 +178,7 @@ class BackendConfig:
         require(not training.fp64, f"{name} has no float64: leave out --fp64")
         require(not training.compile, f"{name} and --compile exclude each other: a compiler makes its own")
         require(not model.rmsnorm_bias, f"{name} has no --rmsnorm-bias: use --norm-impl torch")
+        require(not model.disable_bias_layernorm, f"{name} has no --disable-bias-layernorm: use --norm-impl torch")
         divided = [
             text
             for text, is_there in (

@@ -59,6 +59,8 @@ class ModelConfig:
     """Factor of --use-rope-scaling."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of every norm."""
+    disable_bias_layernorm: bool = False
+    """No bias in LayerNorms, as nanoGPT has it with bias=False (Megatron-LM's LayerNorms always have one)."""
     rmsnorm_bias: bool = False
     """A bias in every RMSNorm: what a LayerNorm leaves that was made one (tools/retrofit_residual.py --pre-rmsnorm)."""
     norm_epsilon: float = 1e-5
@@ -70,7 +72,7 @@ class ModelConfig:
     openai_gelu: bool = False
     """GELU by its tanh formula, as GPT-2 has it (the default is exact; they differ by 1e-3 at most)."""
     disable_bias_linear: bool = False
-    """No bias in linear layers."""
+    """No bias in linear layers (norms keep theirs: see --disable-bias-layernorm)."""
     add_qkv_bias: bool = False
     """Bias in the QKV projection even with --disable-bias-linear."""
     qk_layernorm: bool = False
@@ -178,6 +180,11 @@ class ModelConfig:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
+    def has_norm_bias(self) -> bool:
+        """Whether norms have a bias. As in Megatron-LM, --disable-bias-linear is about linear layers alone."""
+        return self.rmsnorm_bias if self.normalization == "RMSNorm" else not self.disable_bias_layernorm
+
+    @property
     def num_kv_heads(self) -> int:
         return self.num_query_groups if self.group_query_attention else self.num_attention_heads
 
@@ -221,6 +228,11 @@ class ModelConfig:
         require(
             not (self.openai_gelu and (self.swiglu or self.squared_relu)),
             "--openai-gelu is about GELU: it does not go with --swiglu or --squared-relu",
+        )
+        require(
+            not self.disable_bias_layernorm or self.normalization == "LayerNorm",
+            f"--disable-bias-layernorm needs --normalization LayerNorm, not {self.normalization}, which has no bias "
+            "unless --rmsnorm-bias asks for one: leave it out",
         )
         require(
             not self.rmsnorm_bias or self.normalization == "RMSNorm",

@@ -268,6 +268,7 @@ def reasons_against(family: str, model: ModelConfig) -> list[str]:
         "--position-embedding-type none": (model.position_embedding_type == "none", False),
         "--rotary-percent": (model.position_embedding_type == "rope" and model.rotary_percent != 1, False),
         "--normalization LayerNorm": (model.normalization == "LayerNorm", is_gpt2),
+        "--disable-bias-layernorm": (model.disable_bias_layernorm, False),
         "--rmsnorm-bias": (model.rmsnorm_bias, False),
         "--swiglu": (model.swiglu, not is_gpt2),
         "--squared-relu": (model.squared_relu, False),

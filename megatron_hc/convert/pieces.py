@@ -89,7 +89,7 @@ def _transposed(ours: str, theirs: str, shape: tuple[int, int]) -> Piece:
 
 def _norm(config: ModelConfig, ours: str, theirs: str, width: int) -> Iterator[Piece]:
     yield _same(f"{ours}.weight", f"{theirs}.weight", (width,))
-    if config.normalization == "LayerNorm":
+    if config.has_norm_bias:
         yield _same(f"{ours}.bias", f"{theirs}.bias", (width,))
 
 

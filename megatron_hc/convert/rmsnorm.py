@@ -27,7 +27,13 @@ def to_rmsnorm(load: str, save: str, *, step: int | None = None) -> Path:
     _check(config.model)
     vocab_size = source.specs["model.embedding.weight"].shape[0]
     check_ours(source, config.model, vocab_size)
-    model = replace(config.model, normalization="RMSNorm", rmsnorm_bias=True, untie_embeddings_and_output_weights=True)
+    model = replace(
+        config.model,
+        normalization="RMSNorm",
+        rmsnorm_bias=config.model.has_norm_bias,
+        disable_bias_layernorm=False,
+        untie_embeddings_and_output_weights=True,
+    )
     model.validate()
     config = replace(config, model=model)
     specs = {}

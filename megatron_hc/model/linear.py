@@ -135,9 +135,7 @@ class NormLayer(nn.Module):
         width = width or config.hidden_size
         self.kind, self.eps = config.normalization, config.norm_epsilon
         self.weight = nn.Parameter(torch.empty(width))
-        # --disable-bias-linear is about linear layers, as in Megatron-LM: a LayerNorm keeps its bias.
-        has_bias = self.kind == "LayerNorm" or config.rmsnorm_bias
-        self.bias = nn.Parameter(torch.empty(width)) if has_bias else None
+        self.bias = nn.Parameter(torch.empty(width)) if config.has_norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return norm(x, self.kind, self.weight, self.bias, self.eps)

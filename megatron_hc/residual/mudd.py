@@ -48,8 +48,8 @@ class MuddFormer(DenseHistory):
         if self.replaces_norm:
             for way in WAYS[:3]:
                 self.register_parameter(f"{way}_norm_weight", nn.Parameter(torch.empty(C)))
-                has_bias = self.normalization == "LayerNorm"
-                self.register_parameter(f"{way}_norm_bias", nn.Parameter(torch.empty(C)) if has_bias else None)
+                bias = nn.Parameter(torch.empty(C)) if site.config.has_norm_bias else None
+                self.register_parameter(f"{way}_norm_bias", bias)
 
     def initial(self, name: str, draw: Draw) -> Tensor:
         J, C = len(self.sources), self.site.config.hidden_size

@@ -49,10 +49,12 @@ def counted() -> Iterator[list[str]]:
         yield names
 
 
-def run(form: dict, precision: str, norm: str, monkeypatch: pytest.MonkeyPatch, fused: bool) -> tuple[Tensor, dict]:
+def run(
+    form: dict, precision: str, norm: str, monkeypatch: pytest.MonkeyPatch, fused: bool, **model_fields: bool
+) -> tuple[Tensor, dict]:
     """Hidden states, and every parameter's gradient. The number of fused reads is asserted: nothing falls back."""
     monkeypatch.setattr(LinearMix, "is_fused", lambda self, stream: fused)
-    config = small_config(form, normalization=norm)
+    config = small_config(form, normalization=norm, **model_fields)
     model = randomise(build(config, precision))
     tokens = torch.randint(0, VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
     with counted() as names:
@@ -69,12 +71,24 @@ def run(form: dict, precision: str, norm: str, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("form", FORMS, ids=ids)
 def test_equals_the_plain_form(form: dict, norm: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boundary_blocks, "BLOCK_ELEMENTS", block)
-    expected, expected_grads = run(form, "fp64", norm, monkeypatch, fused=False)
-    hidden, grads = run(form, "fp64", norm, monkeypatch, fused=True)
+    check_float64(form, norm, monkeypatch)
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4], FORMS[6]], ids=ids)
+def test_a_layernorm_without_bias_equals_the_plain_form(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = check_float64(form, "LayerNorm", monkeypatch, disable_bias_layernorm=True)
+    assert not [name for name in names if name.endswith("norm.bias")]
+
+
+def check_float64(form: dict, norm: str, monkeypatch: pytest.MonkeyPatch, **model_fields: bool) -> list[str]:
+    """Fused against plain; returns the names of the parameters."""
+    expected, expected_grads = run(form, "fp64", norm, monkeypatch, fused=False, **model_fields)
+    hidden, grads = run(form, "fp64", norm, monkeypatch, fused=True, **model_fields)
     torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-12)
     scale = max(grad.abs().max() for grad in expected_grads.values())
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-9, atol=1e-12 * float(scale), msg=name)
+    return list(grads)
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -16,7 +16,8 @@ from megatron_hc.kernels.norm import norm
 
 STREAMS, WIDTHS, TOKENS = (1, 2, 3, 4, 8), (48, 64, 320, 1024), (1, 7, 128, 1000)
 SIZES = [(1, 48, 7), (2, 64, 128), (3, 320, 7), (4, 64, 1000), (4, 1024, 7), (8, 320, 1), (8, 48, 128), (5, 64, 7)]
-KINDS = ["hyper", "hyper-static", "hyper-layernorm", "frac", "virtual", "mhc", "mhc-static", "kromhc"]
+HYPER_KINDS = ["hyper", "hyper-static", "hyper-layernorm", "hyper-layernorm-no-bias"]
+KINDS = [*HYPER_KINDS, "frac", "virtual", "mhc", "mhc-static", "kromhc"]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """By a result's dtype: the largest norm of its error over the size of what is right (``reference``).
 
@@ -62,7 +63,7 @@ def problem(kind: str, n: int, d: int, tokens: int, has_output: bool = True) -> 
         "kronecker": 2 * n + 2 * (n.bit_length() - 1),
     }[of]
     is_joint, is_static = of in ("sinkhorn", "kronecker"), kind.endswith("static")
-    of_norm = "LayerNorm" if kind == "hyper-layernorm" else "RMSNorm"
+    of_norm = "LayerNorm" if "layernorm" in kind else "RMSNorm"
     form = Form(of, n, R, is_joint, of_norm == "LayerNorm", 1e-5, 20, of_norm, NORM_EPS)
     written = [normal(tokens, R, D), normal(tokens, R, n), normal(tokens, n, n) / n**0.5] if has_output else [None] * 3
     projection = None if is_static else normal(K, n * D if is_joint else D) / D**0.5
@@ -72,7 +73,7 @@ def problem(kind: str, n: int, d: int, tokens: int, has_output: bool = True) -> 
         write = normal(R, n) if of == "virtual" else normal(n)
         scales = [normal(n, R + n), normal(R, n)] if of == "virtual" else [normal(1), normal(1)]
         parameters = [normal(n, R), normal(n, n), write, *([] if is_static else scales)]
-    norms = [normal(R * D), normal(R * D) if of_norm == "LayerNorm" else None]
+    norms = [normal(R * D), normal(R * D) if kind == "hyper-layernorm" else None]
     inputs = [normal(tokens, n, D), *written, projection, *norms, parameters]
     grads = [normal(tokens, n, D), normal(tokens, R * D), normal(tokens, R, n), normal(tokens, n, n)]
     return form, inputs, grads

@@ -69,6 +69,11 @@ REFUSED = [
     ("--rope-scaling-factor 0", "", "--rope-scaling-factor must be positive, not 0.0"),
     ("--init-method-std 0", "", "--init-method-std must be positive, not 0.0"),
     ("--norm-epsilon -1", "", "--norm-epsilon must not be negative, not -1.0"),
+    (
+        "--normalization RMSNorm --disable-bias-layernorm",
+        "",
+        "--disable-bias-layernorm needs --normalization LayerNorm, not RMSNorm, which has no bias",
+    ),
     # parallel
     ("--tensor-model-parallel-size 4", "", "--tensor-model-parallel-size (4) must divide the number of processes (2)"),
     (

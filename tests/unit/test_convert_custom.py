@@ -56,7 +56,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 FORMS_BY_DEFAULT = (
     "hyper-static", "frac-static", "mhc-single-pass", "mhc-megatron", "virtual-width-copies", "attention-blocks-of-2",
-    "denseformer-2x3", "laurel-rw-lr-pa-2",
+    "denseformer-2x3", "laurel-rw-lr-pa-2", "muddformer-layernorm-without-bias",
 )  # fmt: skip
 
 

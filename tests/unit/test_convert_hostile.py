@@ -194,6 +194,20 @@ def test_a_checkpoint_of_ours_that_lies(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
 
 
+GPT2 = {
+    "normalization": "LayerNorm", "position_embedding_type": "learned_absolute", "openai_gelu": True, "swiglu": False,
+    "disable_bias_linear": False, "group_query_attention": False, "num_query_groups": 1,
+}  # fmt: skip
+
+
+def test_a_layernorm_without_bias_is_no_gpt2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "ours", small_config(**GPT2, disable_bias_layernorm=True))
+    argv = [*TO_HF, "--load", tmp_path / "ours", "--save", tmp_path / "out", "--family", "gpt2"]
+    assert tool(*argv) == 2
+    error = capsys.readouterr().err
+    assert "--family gpt2 cannot hold this model: --disable-bias-layernorm; use --family custom" in error
+
+
 def test_families_of_models() -> None:
     """The first family that can hold a model is the one that has its parts; what no family has needs own code."""
     llama = small_config(untie_embeddings_and_output_weights=True)
@@ -204,4 +218,6 @@ def test_families_of_models() -> None:
     assert family_of(small_config(value_residual="half")) is None
     assert family_of(small_config(squared_relu=True, swiglu=False)) is None
     assert family_of(small_config(rotary_percent=0.5)) is None
+    assert family_of(small_config(**GPT2)) == "gpt2"
+    assert family_of(small_config(**GPT2, disable_bias_layernorm=True)) is None
     assert set(NAMES) >= {"llama", "qwen2", "qwen3", "olmo2", "gpt2", "mixtral", "olmoe", "qwen3_moe"}

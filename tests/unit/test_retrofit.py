@@ -174,14 +174,15 @@ def test_training_goes_on(name: str, plain: tuple[str, Path], tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("experts", [False, True])
-def test_pre_rmsnorm(tied: bool, experts: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("experts", "bias"), [(False, True), (True, True), (False, False)])
+def test_pre_rmsnorm(tied: bool, experts: bool, bias: bool, tmp_path: Path) -> None:
     moe = {"moe": MoEConfig(num_experts=4, moe_shared_expert_intermediate_size=8)} if experts else {}
-    config = small_config(**MODELS["gpt"], untie_embeddings_and_output_weights=not tied, **moe)
+    changes = {"untie_embeddings_and_output_weights": not tied, "disable_bias_layernorm": not bias}
+    config = small_config(**MODELS["gpt"], **changes, **moe)
     write_checkpoint(tmp_path / "ln", config, "fp64")
     to_rmsnorm(str(tmp_path / "ln"), str(tmp_path / "rms"))
     found = load_model(str(tmp_path / "rms"))
-    assert found.config.model.normalization == "RMSNorm" and found.config.model.rmsnorm_bias
+    assert found.config.model.normalization == "RMSNorm" and found.config.model.rmsnorm_bias == bias
     torch.testing.assert_close(logits(tmp_path / "rms"), logits(tmp_path / "ln"), rtol=0, atol=1e-9)
     retrofit(str(tmp_path / "rms"), str(tmp_path / "mhc"), ["--residual-connection", "mhc"])
     torch.testing.assert_close(logits(tmp_path / "mhc"), logits(tmp_path / "ln"), rtol=0, atol=1e-6)

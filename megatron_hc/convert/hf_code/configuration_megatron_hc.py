@@ -29,6 +29,7 @@ class MegatronHCConfig(PretrainedConfig):
         norm="RMSNorm",  # or "LayerNorm"
         norm_epsilon=1e-5,
         norm_bias=False,  # of an RMSNorm
+        layernorm_bias=True,  # of a LayerNorm
         norm_placement="pre",
         normformer_residual_scale=False,
         activation="swiglu",  # or "gelu", "gelu_tanh", "squared_relu"

@@ -50,13 +50,16 @@ def normed(x: Tensor, config, weight: Tensor | None, bias: Tensor | None = None)
     return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
+def has_norm_bias(config) -> bool:
+    return config.layernorm_bias if config.norm == "LayerNorm" else config.norm_bias
+
+
 class Norm(nn.Module):
     def __init__(self, config, width: int):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.ones(width))
-        has_bias = config.norm == "LayerNorm" or config.norm_bias
-        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
+        self.bias = nn.Parameter(torch.zeros(width)) if has_norm_bias(config) else None
 
     def forward(self, x: Tensor) -> Tensor:
         return normed(x, self.config, self.weight, self.bias)
@@ -513,7 +516,7 @@ class MuddFormer(DenseHistory):
         self.w1, self.w2, self.static = parameter(hidden, C), parameter(ways * J, hidden), parameter(ways, J)
         for way in "qkv" if self.replaces_norm else "":
             self.register_parameter(f"{way}_norm_weight", parameter(C))
-            self.register_parameter(f"{way}_norm_bias", parameter(C) if config.norm == "LayerNorm" else None)
+            self.register_parameter(f"{way}_norm_bias", parameter(C) if has_norm_bias(config) else None)
 
     def combine(self, states):
         up = wide(states[-1].dtype)

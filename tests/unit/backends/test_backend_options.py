@@ -106,6 +106,7 @@ def test_what_goes_together(flags: str) -> None:
         ("--norm-impl apex --device cpu", "--norm-impl apex needs --device cuda, not cpu"),
         ("--norm-impl transformer_engine --compile", "and --compile exclude each other: a compiler makes its own"),
         ("--norm-impl apex --normalization RMSNorm --rmsnorm-bias", "--norm-impl apex has no --rmsnorm-bias"),
+        ("--norm-impl apex --disable-bias-layernorm", "--norm-impl apex has no --disable-bias-layernorm"),
         ("--norm-impl apex !--bf16 --fp64", "--norm-impl apex has no float64"),
         ("--optimizer-impl apex --device cpu", "--optimizer-impl apex needs --device cuda, not cpu"),
         (

@@ -94,6 +94,16 @@ def test_parameters(method: str, experts: str) -> None:
         assert {n: c for n, c in held.items() if n != "embedding.weight"} == expected, name
 
 
+def test_layernorms_without_bias() -> None:
+    """Two norms in each of two layers and the final one, 32 wide: nothing else goes."""
+    flags = SIZES["small"], "--normalization LayerNorm"
+    without = config_of(*flags, "--disable-bias-layernorm")
+    fewer = sum(total_parameters(config_of(*flags), VOCAB).values()) - sum(total_parameters(without, VOCAB).values())
+    assert fewer == 5 * 32
+    model = build_model(without, VOCAB, Mesh())
+    assert not [name for name, _ in model.named_parameters() if name.endswith("norm.bias")]
+
+
 def _held(config: TrainConfig, world_size: int) -> dict[str, float]:
     """Parameter -> elements that all ranks hold, each counted once whatever the number of its holders."""
     dp = config.parallel.data_parallel_size(world_size)

@@ -41,6 +41,8 @@ COPIES_SUMMED = {
     "residual_norm_weight": False,
 }
 
+LAYERNORM_WITHOUT_BIAS = {"normalization": "LayerNorm", "disable_bias_layernorm": True}
+
 FORMS: dict[str, list[tuple[str, Claim, dict[str, Any], dict[str, Any]]]] = {
     # method: (form, claim, fields of ResidualConfig, fields of ModelConfig); the first form is the main one
     "plain": [
@@ -50,7 +52,7 @@ FORMS: dict[str, list[tuple[str, Claim, dict[str, Any], dict[str, Any]]]] = {
     "hyper": [
         ("dynamic", "exact", {}, {}),
         ("static", "exact", {"static_residual": True}, {}),
-        ("norm-weight", "exact", {"residual_norm_weight": True}, {"normalization": "LayerNorm"}),
+        ("norm-weight", "exact", {"residual_norm_weight": True}, LAYERNORM_WITHOUT_BIAS),
         ("n3-sum", "without eps", {"residual_streams": 3, "residual_readout": "sum"}, {}),
         ("n1", "exact", {"residual_streams": 1}, {}),
     ],
@@ -106,6 +108,7 @@ FORMS: dict[str, list[tuple[str, Claim, dict[str, Any], dict[str, Any]]]] = {
     "muddformer": [
         ("", "exact", {}, {}),
         ("layernorm", "exact", {}, {"normalization": "LayerNorm", "qk_layernorm": True}),
+        ("layernorm-without-bias", "exact", {}, LAYERNORM_WITHOUT_BIAS),
     ],
     "rezero": [("", "nothing", {}, {})],
     "layerscale": [("", "nothing", {}, {})],
