@@ -77,6 +77,8 @@ def _boundary(
     form = Form(kind, num_streams, num_reads, is_joint, is_centred, eps, iterations, norm, norm_eps, backend)
     pieces = implementation(form, streams)
     if hasattr(pieces, "forward"):
+        if norm == "LayerNorm" and norm_bias is None and norm_weight is not None:
+            norm_bias = torch.zeros_like(norm_weight)  # kernels of LayerNorm load one
         inputs = (streams, output, write, keep, projection, norm_weight, norm_bias, list(parameters))
         return pieces.forward(form, *inputs)
     new, statistics = pieces.enter(form, streams, output, write, keep, projection)

@@ -105,7 +105,8 @@ def test_a_table_that_is_cut_is_the_whole_one(runs: Runs) -> None:
 
 @pytest.mark.parametrize("axes", ["tp2", "tp4-sp"])
 @pytest.mark.parametrize(
-    "norms", ["--norm-placement reordered --rmsnorm-bias", "--normalization LayerNorm --openai-gelu"]
+    "norms",
+    ["--norm-placement reordered --rmsnorm-bias", "--normalization LayerNorm --disable-bias-layernorm --openai-gelu"],
 )
 def test_norms_across_heads(runs: Runs, axes: str, norms: str) -> None:
     """OLMo 2's norm of queries and keys looks at the heads of all ranks."""

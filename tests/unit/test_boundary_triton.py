@@ -26,6 +26,7 @@ CASES = [
     ("hyper", 8, 48, 1, True),
     ("hyper-static", 2, 32, 5, True),
     ("hyper-layernorm", 3, 48, 6, True),
+    ("hyper-layernorm-no-bias", 3, 48, 6, True),
     ("frac", 4, 48, 5, True),
     ("frac", 3, 48, 5, False),
     ("mhc", 4, 48, 18, True),
