@@ -9,7 +9,6 @@ boundary names the function by a string, because such an operation takes no func
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_hc.kernels.choice import runs_in_triton
 from megatron_hc.kernels.sinkhorn import sinkhorn, sinkhorn_gradient
 
 Weights = tuple[Tensor, Tensor, Tensor]
@@ -46,9 +46,7 @@ class Form(NamedTuple):
 
 def wants_triton(form: Form, tensor: Tensor) -> bool:
     """Whether kernels are Triton's where there are such: on CUDA, or where asked for (its interpreter)."""
-    if form.backend not in ("auto", "triton") or tensor.dtype == torch.float64:
-        return False
-    return (form.backend == "triton" or tensor.is_cuda) and importlib.util.find_spec("triton") is not None
+    return runs_in_triton(tensor, form.backend)
 
 
 def coefficients(form: Form, logits: Tensor | None, parameters: Sequence[Tensor]) -> Weights:

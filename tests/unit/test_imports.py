@@ -90,7 +90,10 @@ ONLY = {
 ALWAYS_THERE = {"torch", "numpy", "packaging", "yaml", "safetensors", "sentencepiece", "tqdm"}
 """The libraries that setup.py installs without an extra."""
 
-KERNEL_FILES = {"kernels/boundary_triton.py": {"triton"}, "kernels/boundary_triton_joint.py": {"triton"}}
+KERNEL_FILES = {
+    f"kernels/{name}_triton{rest}.py": {"triton"}
+    for name, rest in (("boundary", ""), ("boundary", "_joint"), ("cross_entropy", ""))
+}
 """Files that are kernels of an optional library, whose decorators need it; they are imported by functions only."""
 
 TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
