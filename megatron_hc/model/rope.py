@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hc.config import ModelConfig
+from megatron_hc.kernels.choice import replaces_torch
 from megatron_hc.kernels.norm import promote
 
 
@@ -45,10 +46,15 @@ def rope_table(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) ->
     return RopeTable(angles.cos(), angles.sin())
 
 
-def apply_rope(x: Tensor, table: RopeTable) -> Tensor:
-    """Rotate the leading channels of x [S, B, heads, H]; computed in the table's dtype, result in x's."""
+def apply_rope(x: Tensor, table: RopeTable, backend: str = "auto") -> Tensor:
+    """Rotate the leading channels of x [S, B, heads, H]; computed in the table's dtype, result in x's.
+
+    ``backend``: auto (Triton on CUDA, torch elsewhere and under torch.compile), torch or triton.
+    """
     rotated = table.cos.shape[-1]
-    turned = _Turn.apply(x[..., :rotated], table.cos, table.sin)
+    if replaces_torch(x, backend):
+        return _Turn.apply(x, table.cos, table.sin, True)
+    turned = _Turn.apply(x[..., :rotated], table.cos, table.sin, False)
     return turned if rotated == x.shape[-1] else torch.cat((turned, x[..., rotated:]), dim=-1)
 
 
@@ -56,15 +62,24 @@ class _Turn(torch.autograd.Function):
     """(a, b) -> (a cos - b sin, b cos + a sin) of both halves of the channels; its gradient is the turn back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, in_triton: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        ctx.in_triton = in_triton
+        return _turn(x, cos, sin, 1, in_triton)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, sin, -1), None, None
+        return _turn(grad, cos, sin, -1, ctx.in_triton), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, in_triton: bool) -> Tensor:
+    if not in_triton:
+        return _turned(x, cos, sin, direction)
+    from megatron_hc.kernels import rope_triton
+
+    return rope_triton.turned(x, cos, sin, direction)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

@@ -34,7 +34,7 @@ from megatron_hc.config import ModelConfig
 from megatron_hc.kernels import boundary as fused_kernel
 from megatron_hc.kernels import boundary_listed
 from megatron_hc.kernels.coefficients import Form
-from megatron_hc.kernels.norm import NormParts, promote
+from megatron_hc.kernels.norm import NormParts, is_one_pass_with_sum, norm_of_sum, promote
 
 Draw = Callable[[str, tuple[int, ...], float], Tensor]
 """(logical part, shape, standard deviation) -> fp32 normal numbers that depend on the seed and the name only."""
@@ -163,6 +163,9 @@ class Residual(nn.Module):
 
     def read(self, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
         """The sublayer's normed input and the carry to write to."""
+        parts = self.parts_with_sum(carry, norm)
+        if parts is not None:
+            return self.summed_and_normed(carry, parts)
         x, carry = self.mixed(self.settle(carry))
         if isinstance(x, Reads):
             return (x if norm.module is None else Reads(*(norm.module(part) for part in x))), carry
@@ -173,6 +176,21 @@ class Residual(nn.Module):
         if norm.stream_scale is not None:
             carry = carry._replace(stream=norm.stream_scale(carry.stream))
         return x, carry
+
+    def parts_with_sum(self, carry: Carry, norm: Norm) -> NormParts | None:
+        """The norm, where one kernel can both fold the pending output in and norm: this class's own read, on a GPU."""
+        if carry.pending is None or norm.module is None or not is_one_pass_with_sum(carry.stream):
+            return None
+        is_plain = type(self).fold is Residual.fold and type(self).mixed is Residual.mixed
+        if not is_plain or norm.replaces_stream or norm.stream_scale is not None:
+            return None
+        # A norm whose forward was replaced is one to be recomputed.
+        return None if "forward" in vars(norm.module) else norm_parts(norm.module)
+
+    def summed_and_normed(self, carry: Carry, parts: NormParts) -> tuple[Tensor, Carry]:
+        assert carry.pending is not None
+        stream, x = norm_of_sum(carry.stream.squeeze(2), carry.pending[0], self.stream_factor, parts)
+        return x, carry._replace(stream=stream.unsqueeze(2), pending=None)
 
     def write(self, carry: Carry, output: Tensor, value: Tensor | None = None) -> Carry:
         """Record a sublayer's output [S, B, C], and an attention value that later layers use."""

@@ -90,10 +90,9 @@ ONLY = {
 ALWAYS_THERE = {"torch", "numpy", "packaging", "yaml", "safetensors", "sentencepiece", "tqdm"}
 """The libraries that setup.py installs without an extra."""
 
-KERNEL_FILES = {
-    f"kernels/{name}_triton{rest}.py": {"triton"}
-    for name, rest in (("boundary", ""), ("boundary", "_joint"), ("cross_entropy", ""))
-}
+KERNEL_NAMES = ("boundary_triton", "boundary_triton_joint", "cross_entropy_triton", "norm_triton", "rope_triton")
+KERNEL_NAMES += ("swiglu_triton",)
+KERNEL_FILES = {f"kernels/{name}.py": {"triton"} for name in KERNEL_NAMES}
 """Files that are kernels of an optional library, whose decorators need it; they are imported by functions only."""
 
 TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
