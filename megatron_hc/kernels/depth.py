@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hc.kernels.compiled import own
+
 
 def weighted_sum_reference(weights: Tensor, states: Sequence[Tensor]) -> Tensor:
     """sum_j weights[..., j] states[j], by autograd; arguments as ``weighted_sum``."""
@@ -49,7 +51,7 @@ class _WeightedSum(torch.autograd.Function):
         total = weights[..., 0:1] * states[0].to(weights.dtype)  # [S, B, W, 1] * [S, B, 1, C]
         for j in range(1, len(states)):
             total = total + weights[..., j : j + 1] * states[j].to(weights.dtype)
-        return total.to(states[0].dtype)
+        return own(total.to(states[0].dtype))
 
     @staticmethod
     @once_differentiable

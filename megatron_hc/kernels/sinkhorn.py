@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_hc.kernels.compiled import own
+
 
 def sinkhorn_reference(logits: Tensor, iterations: int, rows_first: bool = False, min_sum: float = 0.0) -> Tensor:
     """exp(logits) [..., n, n] after ``iterations`` pairs of normalisations (Sinkhorn & Knopp, 1967), by autograd.
@@ -54,7 +56,7 @@ class _Sinkhorn(torch.autograd.Function):
         ctx.save_for_backward(logits)
         ctx.iterations, ctx.rows_first, ctx.min_sum = iterations, rows_first, min_sum
         matrix, _ = _iterates(logits, iterations, rows_first, min_sum)
-        return _tokens_first(matrix, logits.shape)
+        return own(_tokens_first(matrix, logits.shape))
 
     @staticmethod
     @once_differentiable

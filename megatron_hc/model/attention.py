@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_hc.config import ModelConfig
+from megatron_hc.kernels.compiled import turned
 from megatron_hc.kernels.norm import promote
 from megatron_hc.model.cache import LayerCache, Span
 from megatron_hc.model.linear import Linear, Parts, build_linear
@@ -149,7 +150,8 @@ class Attention(nn.Module):
         q, k = self.q_layernorm(parts["q"]), self.k_layernorm(parts["k"])
         own = self.v_layernorm(parts["v"]) if self.has_values else None
         if context.rope is not None:
-            q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
+            rotate = turned if torch.compiler.is_compiling() else apply_rope
+            q, k = rotate(q, context.rope), rotate(k, context.rope)
         v = self.value_residual.mix(own, first_values, parts.get("gate"))
         if context.cache is not None:
             assert context.span is not None

@@ -66,6 +66,6 @@ def with_linearity_penalty(carry: Carry, residual: Residual, before: Tensor, wei
     cosine = torch.cosine_similarity(before.to(wide), after.to(wide), dim=-1)
     penalty = (weights.to(wide) * (1 - cosine)).sum()
     if carry.pending is None:  # a method that has written already
-        return carry._replace(stream=attach_loss(carry.stream, penalty))
+        return carry.replace(stream=attach_loss(carry.stream, penalty))
     output, mix = carry.pending
-    return carry._replace(pending=(attach_loss(output, penalty), mix))
+    return carry.replace(pending=(attach_loss(output, penalty), mix))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
+from megatron_hc.kernels.compiled import gated, own
 from megatron_hc.kernels.norm import promote
-from megatron_hc.kernels.swiglu import swiglu
 from megatron_hc.model.initial import initial_of
 from megatron_hc.model.linear import Parts
 from megatron_hc.model.mlp import activated, activation_name
@@ -88,7 +88,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Rows, k: int) -> Tensor:
         ctx.rows, ctx.k = rows, k
-        return _to_rows(x, rows, k)
+        return own(_to_rows(x, rows, k))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -101,7 +101,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, rows: Rows, k: int) -> Tensor:
         ctx.rows, ctx.k = rows, k
-        return _to_tokens(y, rows, k)
+        return own(_to_tokens(y, rows, k))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -228,5 +228,5 @@ class Experts(nn.Module):
 
     def activate(self, h: Tensor) -> Tensor:
         if self.activation == "swiglu":
-            return swiglu(h)
+            return gated(h)
         return activated(h, self.activation)

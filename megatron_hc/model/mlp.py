@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
-from megatron_hc.kernels.swiglu import swiglu
+from megatron_hc.kernels.compiled import gated
 from megatron_hc.model.linear import Linear, build_linear
 from megatron_hc.model.placement import output_norm, placement_of
 
@@ -45,7 +45,7 @@ class MLP(nn.Module):
         """[S, B, C] -> [S, B, C]"""
         h = self.linear_fc1(x)  # [S, B, F], or [S, B, 2 F] with SwiGLU
         if self.activation == "swiglu":
-            h = swiglu(h)
+            h = gated(h)
         else:
             h = activated(h, self.activation)
         return self.dropout(self.output_norm(self.linear_fc2(self.inner_norm(h))))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_hc.kernels.compiled import own
 from megatron_hc.mesh import ExpertRanks, Mesh
 from megatron_hc.model.experts import Rows, arrange, combine, dispatch, weights_of_rows
 from megatron_hc.model.gpt import GPT
@@ -61,7 +62,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
         ctx.sizes, ctx.group = (sent, received), group
-        return all_to_all(x, sent, received, group)
+        return own(all_to_all(x, sent, received, group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

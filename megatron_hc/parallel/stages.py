@@ -146,7 +146,7 @@ def weighted_loss(model: GPT, hidden: Tensor, batch: MicroBatch) -> Tensor:
 def leave(method: Residual, carry: Carry, boundary: Boundary) -> tuple[Tensor, ...]:
     """The carry as the tensors that cross ``boundary``."""
     num_values = sum(crossing.spec.kind == "values" for crossing in boundary)
-    carry = method.settle(carry)._replace(values=carry.values[:num_values])  # others: no later layer wants them
+    carry = method.settle(carry).replace(values=carry.values[:num_values])  # others: no later layer wants them
     outputs = flatten(carry)
     expected = [(crossing.shape, crossing.dtype) for crossing in boundary]
     found = [(tuple(output.shape), output.dtype) for output in outputs]

@@ -19,13 +19,14 @@ Rules for the author of a method:
 5. The docstring says what the method equals at its initial values, and a test holds it to that.
 6. No 0-d parameters (FSDP2 refuses them): shape [1].
 7. Nothing that varies is a class attribute; ``forward`` reads no Python value that differs from layer to layer.
+8. A carry is made by ``Carry(...)`` or ``carry.replace(...)``, a mix by ``Mix(...)``, neither by ``_replace``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,10 @@ class Carry(NamedTuple):
     """A sublayer output not yet folded into the stream."""
     mix: Mix | None = None
     """Chosen by read, consumed by write."""
+
+    def replace(self, **fields: Any) -> Carry:
+        """The carry with these fields changed: ``_replace``, whose result torch 2.11's compiler returns empty."""
+        return Carry(**{**dict(zip(self._fields, self, strict=True)), **fields})
 
 
 class TensorSpec(NamedTuple):
@@ -155,7 +160,7 @@ class Residual(nn.Module):
         if carry.pending is None:
             return carry
         output, mix = carry.pending
-        return carry._replace(stream=self.fold(carry.stream, output, mix), pending=None)
+        return carry.replace(stream=self.fold(carry.stream, output, mix), pending=None)
 
     def mixed(self, carry: Carry) -> tuple[Tensor | Reads, Carry]:
         """The sublayer's input before its norm, [S, B, C], from a settled carry; chooses ``carry.mix``."""
@@ -172,9 +177,9 @@ class Residual(nn.Module):
         if norm.module is not None:
             x = norm.module(x)
         if norm.replaces_stream:
-            carry = carry._replace(stream=x.unsqueeze(2))
+            carry = carry.replace(stream=x.unsqueeze(2))
         if norm.stream_scale is not None:
-            carry = carry._replace(stream=norm.stream_scale(carry.stream))
+            carry = carry.replace(stream=norm.stream_scale(carry.stream))
         return x, carry
 
     def parts_with_sum(self, carry: Carry, norm: Norm) -> NormParts | None:
@@ -195,7 +200,7 @@ class Residual(nn.Module):
     def write(self, carry: Carry, output: Tensor, value: Tensor | None = None) -> Carry:
         """Record a sublayer's output [S, B, C], and an attention value that later layers use."""
         values = carry.values if value is None else (*carry.values, value)
-        return carry._replace(pending=(output, carry.mix), mix=None, values=values)
+        return carry.replace(pending=(output, carry.mix), mix=None, values=values)
 
     def state(self, carry: Carry) -> Tensor:
         """The carry as one vector per token, [S, B, C] in at least fp32: the mean of the streams, all outputs in it."""
@@ -275,7 +280,7 @@ class LinearMix(Residual):
         if self.site.is_final:
             return self.read_out(carry.stream), carry
         mix = self.weights(carry.stream)
-        return self.combine(carry.stream, mix), carry._replace(mix=mix)
+        return self.combine(carry.stream, mix), carry.replace(mix=mix)
 
     def fused(self) -> FusedMix | None:
         """What ``weights`` computes, in the form that the fused boundary takes; None: this method has no such form."""
@@ -305,7 +310,7 @@ class LinearMix(Residual):
         )
         # The read is done: of the weights only those of the write go on.
         mix = Mix(read=None, write=write.unflatten(0, tokens), keep=keep.unflatten(0, tokens))
-        carry = carry._replace(stream=stream.unflatten(0, tokens), pending=None, mix=mix)
+        carry = carry.replace(stream=stream.unflatten(0, tokens), pending=None, mix=mix)
         x = x.unflatten(0, tokens)
         return x if norm.module is None or of_norm is not None else norm.module(x), carry
 

@@ -59,9 +59,9 @@ class DenseHistory(Residual):
         states[self.site.layer] = carry.stream
         history = tuple(states[j] for j in self.kept_next)
         if not self.combines:
-            return carry.stream.squeeze(2), carry._replace(history=history)
+            return carry.stream.squeeze(2), carry.replace(history=history)
         x, stream = self.combine([states[j] for j in self.sources])
-        return x, carry._replace(stream=stream, history=history)
+        return x, carry.replace(stream=stream, history=history)
 
 
 class DenseFormer(DenseHistory):
@@ -150,4 +150,4 @@ class AttentionResidual(Residual):
         if not self.starts_block:
             return carry
         stream = self.stream_dtype(output).unsqueeze(2)
-        return carry._replace(stream=stream, history=(*carry.history, carry.stream), pending=None)
+        return carry.replace(stream=stream, history=(*carry.history, carry.stream), pending=None)

@@ -73,7 +73,7 @@ class DeepDelta(Residual):
         wide = promote(carry.stream.dtype)
         z = rms_norm(carry.stream.to(wide), None, self.eps)
         gate, target = F.linear(z, self.projection.to(wide), self.bias.to(wide)).split(1, -1)
-        return x, carry._replace(mix=Mix(None, torch.cat((2 * torch.sigmoid(gate), target), -1), None))
+        return x, carry.replace(mix=Mix(None, torch.cat((2 * torch.sigmoid(gate), target), -1), None))
 
     def fold(self, stream: Tensor, output: Tensor, mix: Mix | None) -> Tensor:
         assert mix is not None, "the gate of a deep delta is chosen by its read"

@@ -59,4 +59,4 @@ class GatedResidual(LinearMix):
         if self.write_weight is None:
             return x, carry
         write = 2 * torch.sigmoid(F.linear(flat, self.write_weight.to(wide)) / N)  # [S, B, N]
-        return x, carry._replace(mix=Mix(read=None, write=write.unsqueeze(-2), keep=None))
+        return x, carry.replace(mix=Mix(read=None, write=write.unsqueeze(-2), keep=None))

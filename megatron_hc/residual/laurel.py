@@ -74,7 +74,7 @@ class Laurel(Residual):
             return x, carry
         states = (*carry.history, carry.stream)
         history = states[len(states) - self.num_kept :]
-        return x, carry._replace(stream=self.skip(states[::-1][: self.num_states]), history=history)
+        return x, carry.replace(stream=self.skip(states[::-1][: self.num_states]), history=history)
 
     def skip(self, states: tuple[Tensor, ...]) -> Tensor:
         """b (x_k + sum_j g_j h_j(x_(k-j))) from x_k, x_(k-1), ..., [S, B, 1, C] each."""

@@ -175,7 +175,7 @@ class ManifoldConnection(_ManifoldMix):
         if not self.is_single_pass:
             return carry
         first = torch.eye(self.num_streams(), 1, dtype=promote(hidden.dtype), device=hidden.device)
-        return carry._replace(ahead=first.expand(*hidden.shape[:2], -1, -1))
+        return carry.replace(ahead=first.expand(*hidden.shape[:2], -1, -1))
 
     def boundary(self, layer: int) -> tuple[TensorSpec, ...]:
         specs = super().boundary(layer)
@@ -189,8 +189,8 @@ class ManifoldConnection(_ManifoldMix):
         if self.site.is_final:
             return self.combine(carry.stream, Mix(carry.ahead, carry.ahead.transpose(-1, -2), None)), carry
         mix = self.weights(carry.stream)
-        now = mix._replace(read=carry.ahead)
-        return self.combine(carry.stream, now), carry._replace(mix=now, ahead=mix.read)
+        now = Mix(carry.ahead, mix.write, mix.keep)
+        return self.combine(carry.stream, now), carry.replace(mix=now, ahead=mix.read)
 
 
 class _ExactManifoldMix(_ManifoldMix):

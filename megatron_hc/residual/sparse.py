@@ -61,4 +61,4 @@ class SparseAggregation(Residual):
         if self.weights is not None:
             chosen = [states[j] for j in self.sources]
             stream = weighted_sum(self.weights.to(promote(stream.dtype)).unsqueeze(0), chosen)
-        return stream.squeeze(2), carry._replace(stream=stream, history=history)
+        return stream.squeeze(2), carry.replace(stream=stream, history=history)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ from helpers import (
 from reference import REFERENCES
 from reference.compare import assert_equals_reference
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from megatron_hc.config import RESIDUAL_CONNECTIONS, ModelConfig, TrainConfig
 from megatron_hc.mesh import Mesh
@@ -46,6 +49,7 @@ from megatron_hc.residual import (
     RESIDUALS,
     VALUE_RESIDUALS,
     Carry,
+    Mix,
     Norm,
     Reads,
     Residual,
@@ -284,19 +288,75 @@ def test_cached_decoding_equals_the_full_forward(case: Case) -> None:
 
 @main_cases()
 def test_a_layer_compiles_without_a_graph_break(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives what the same code gives without the compiler, with all gradients."""
     torch._dynamo.reset()
     model, tokens = randomise(build(case.config(), "fp32")), random_tokens()
     positions = torch.arange(8).unsqueeze(0)
     context, carry = model.context(positions, None), model.open(tokens, positions)
     for layer in model.stage_layers()[:2]:  # the second one enters with a pending write
-        got = torch.compile(layer, fullgraph=True, backend="eager")(carry, context)
+        got = torch.compile(layer, fullgraph=True, backend=checked_graph)(carry, context)
         with monkeypatch.context() as patch:
-            # Compiled code takes the list of streams; its own equality with the plain form is test_boundary's.
-            patch.setattr(base, "is_listed", lambda stream: True)
+            # The list of streams and the formulas of a compiler's code, which test_boundary and test_compiled check.
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
             expected = layer(carry, context)
-        for ours, theirs in zip(*(flatten(model.final_residual.settle(c)) for c in (got, expected)), strict=True):
+        found = []
+        for out in (got, expected):
+            results = flatten(model.final_residual.settle(out))
+            loss = sum((result.square().sum() for result in results), torch.zeros(()))
+            grads = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True, allow_unused=True)
+            found.append((*results, *(g for g in grads if g is not None)))
+        for ours, theirs in zip(*found, strict=True):
             torch.testing.assert_close(ours, theirs)
         carry = expected
+
+
+def checked_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+    """A backend that compiles nothing, and fails where torch 2.11 would make wrong gradients: see ``compiled.own``."""
+    calls = [n for n in graph.graph.nodes if n.target is torch.ops.higher_order.autograd_function_apply]
+    for call in calls:
+        nodes = graph.get_submodule(call.args[0].target).graph.nodes
+        (results, _), *_ = next(n.args for n in nodes if n.op == "output")
+        handed_out = [n for n in nodes if n.meta.get("example_value") is results[0].meta["example_value"]]
+        assert handed_out == [results[0]], f"forward of an autograd Function returns a tensor that {handed_out[0]} made"
+    return graph
+
+
+@pytest.mark.parametrize("method", ["hyper", "frac", "mhc"])
+def test_a_layer_compiles_around_the_fused_operation(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a boundary is one operation of the graph, forward and backward; the numbers are eager code's."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(base, "is_listed", lambda stream: False)
+    model = randomise(build(small_config({"residual_connection": method}), "fp32"))
+    positions = torch.arange(8).unsqueeze(0)
+    context, carry = model.context(positions, None), model.open(random_tokens(), positions)
+    operations: list[str] = []
+
+    def listed(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=listed, bw_compiler=listed)
+    found: list[tuple[Tensor, ...]] = []
+    for run in (torch.compile(model.stage_layers()[0], fullgraph=True, backend=backend), model.stage_layers()[0]):
+        model.zero_grad(set_to_none=True)
+        (stream,) = flatten(model.final_residual.settle(run(carry, context)).replace(values=()))
+        stream.square().sum().backward(retain_graph=True)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((stream, *grads))
+    assert operations.count("megatron_hc.boundary.default") == 2
+    assert operations.count("megatron_hc.boundary_backward.default") == 2
+    assert len(found[0]) > 10
+    for compiled, eager in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@every_case()
+def test_a_layer_makes_its_carry_by_replace(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 hands what a named tuple's ``_replace`` makes out of compiled code as an empty tuple."""
+    model, tokens = build(case.config(), "fp32"), random_tokens()
+    for kind in (Carry, Mix):
+        monkeypatch.setattr(kind, "_replace", None)
+    model(tokens)
 
 
 # Initial values, counts, groups

@@ -1,0 +1,57 @@
+"""What compiled code takes in the place of eager code's: the same numbers and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_hc.kernels.compiled import gated, own, turned
+from megatron_hc.kernels.swiglu import swiglu
+from megatron_hc.model.rope import RopeTable, apply_rope
+
+
+def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = function(x)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
+    return y.detach(), torch.autograd.grad((y * weights).sum(), x)[0]
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_rotary_formula(width: int) -> None:
+    """All channels turned, and the first eight alone."""
+    angles = torch.randn(5, 1, 1, 4, dtype=torch.float64).repeat(1, 1, 1, 2)
+    table, x = RopeTable(angles.cos(), angles.sin()), torch.randn(5, 2, 3, width, dtype=torch.float64)
+    ours, theirs = (with_gradient(lambda x, turn=turn: turn(x, table), x) for turn in (turned, apply_rope))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_gated_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 2, 8, dtype=torch.float64)
+    expected = with_gradient(swiglu, x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(with_gradient(gated, x), expected)
+    assert gated(x.requires_grad_()).grad_fn.name() == "MulBackward0"
+
+
+class Doubled(torch.autograd.Function):
+    """Changes its result in place."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return own(x.clone().mul_(2))
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+def test_gradient_of_a_result_changed_in_place() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3)
+    compiled = torch.compile(lambda x: Doubled.apply(x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(with_gradient(compiled, x), with_gradient(lambda x: 2 * x, x))
+    assert own(x) is x, "eager code needs no view"
