@@ -35,10 +35,10 @@ def _columns(block, STEPS: tl.constexpr, LANES: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit
-def _load_end(row, column, num_real, num_rows):  # type: ignore[no-untyped-def]
-    """Logits of a block at the row's end; -inf from ``num_real`` on, whatever is in the padding."""
-    x = tl.load(row + column, mask=column < num_rows, other=0.0).to(tl.float32)
-    return tl.where(column < num_real, x, float("-inf"))
+def _load_end(row, column, NUM_REAL: tl.constexpr, NUM_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logits of a block at the row's end; -inf from ``NUM_REAL`` on, whatever is in the padding."""
+    x = tl.load(row + column, mask=column < NUM_ROWS, other=0.0).to(tl.float32)
+    return tl.where(column < NUM_REAL, x, float("-inf"))
 
 
 @triton.jit
@@ -50,90 +50,98 @@ def _with_block(top, total, x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_statistics(row, num_real, num_rows, STEPS: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Maximum of a row's first ``num_real`` logits and the sum of exp(logit - maximum)."""
+def _row_statistics(  # type: ignore[no-untyped-def]
+    row, NUM_REAL: tl.constexpr, NUM_ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr
+):
+    """Maximum of a row's first ``NUM_REAL`` logits and the sum of exp(logit - maximum)."""
     top = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
-    full = num_real // (STEPS * LANES)
+    full: tl.constexpr = NUM_REAL // (STEPS * LANES)
     for block in range(full):
         x = tl.load(row + _columns(block, STEPS, LANES)).to(tl.float32)
         top, total = _with_block(top, total, x)
-    if full * STEPS * LANES < num_real:
-        x = _load_end(row, _columns(full, STEPS, LANES), num_real, num_rows)
+    if full * STEPS * LANES < NUM_REAL:
+        x = _load_end(row, _columns(full, STEPS, LANES), NUM_REAL, NUM_ROWS)
         top, total = _with_block(top, total, x)
     whole = tl.max(top, 0)
     return whole, tl.sum(total * _exp_of_difference(top, whole), 0)
 
 
 @triton.jit
-def _label_logit(row, label, num_real, elsewhere):  # type: ignore[no-untyped-def]
-    is_here = (label >= 0) & (label < num_real)
+def _label_logit(row, label, elsewhere, NUM_REAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    is_here = (label >= 0) & (label < NUM_REAL)
     return tl.load(row + tl.where(is_here, label, 0), mask=is_here, other=elsewhere).to(tl.float32)
 
 
 @triton.jit
 def _write_row_gradient(  # type: ignore[no-untyped-def]
-    row, label, of_label, scale, log_sum, num_real, num_rows, STEPS: tl.constexpr, LANES: tl.constexpr
-):
+    row, label, of_label, scale, log_sum,
+    NUM_REAL: tl.constexpr, NUM_ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """(softmax - one-hot) times scale over the row, 0 over its padding; ``of_label``: the label's logit."""
     tl.debug_barrier()  # the label's logit has been read by all threads
-    full = num_real // (STEPS * LANES)
-    for block in range(full, tl.cdiv(num_rows, STEPS * LANES)):
+    full: tl.constexpr = NUM_REAL // (STEPS * LANES)
+    blocks: tl.constexpr = (NUM_ROWS + STEPS * LANES - 1) // (STEPS * LANES)
+    for block in range(full, blocks):
         column = _columns(block, STEPS, LANES)
-        grad = _exp_of_difference(_load_end(row, column, num_real, num_rows), log_sum) * scale
-        tl.store(row + column, grad.to(row.dtype.element_ty), mask=column < num_rows)
+        grad = _exp_of_difference(_load_end(row, column, NUM_REAL, NUM_ROWS), log_sum) * scale
+        tl.store(row + column, grad.to(row.dtype.element_ty), mask=column < NUM_ROWS)
     for done in range(full):
         column = _columns(full - 1 - done, STEPS, LANES)
         x = tl.load(row + column).to(tl.float32)
         tl.store(row + column, (_exp_of_difference(x, log_sum) * scale).to(row.dtype.element_ty))
     tl.debug_barrier()  # one number is written a second time
     grad = (_exp_of_difference(of_label, log_sum) - 1.0) * scale
-    tl.store(row + label, grad.to(row.dtype.element_ty), mask=(label >= 0) & (label < num_real))
+    tl.store(row + label, grad.to(row.dtype.element_ty), mask=(label >= 0) & (label < NUM_REAL))
 
 
 @triton.jit
 def _loss(  # type: ignore[no-untyped-def]
-    logits, labels, scales, losses, num_real, num_rows,
+    logits, labels, scales, losses, NUM_REAL: tl.constexpr, NUM_ROWS: tl.constexpr,
     STEPS: tl.constexpr, LANES: tl.constexpr, NEEDS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    row, label = logits + t * num_rows, tl.load(labels + t)
+    row, label = logits + t * NUM_ROWS, tl.load(labels + t)
     # A label outside of the vocabulary is an error of the data: a loss that is not a number stops the run.
-    of_label = _label_logit(row, label, num_real, float("nan"))
-    top, total = _row_statistics(row, num_real, num_rows, STEPS, LANES)
+    of_label = _label_logit(row, label, float("nan"), NUM_REAL)
+    top, total = _row_statistics(row, NUM_REAL, NUM_ROWS, STEPS, LANES)
     log_sum = top + tl.log(total)
     tl.store(losses + t, log_sum - of_label)
     if NEEDS_GRADIENT:
-        _write_row_gradient(row, label, of_label, tl.load(scales + t), log_sum, num_real, num_rows, STEPS, LANES)
+        _write_row_gradient(row, label, of_label, tl.load(scales + t), log_sum, NUM_REAL, NUM_ROWS, STEPS, LANES)
 
 
 @triton.jit
 def _statistics(  # type: ignore[no-untyped-def]
-    logits, labels, results, elsewhere, num_real, num_rows, num_tokens, STEPS: tl.constexpr, LANES: tl.constexpr
-):
+    logits, labels, results, elsewhere, num_tokens,
+    NUM_REAL: tl.constexpr, NUM_ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    row = logits + t * num_rows
-    top, total = _row_statistics(row, num_real, num_rows, STEPS, LANES)
+    row = logits + t * NUM_ROWS
+    top, total = _row_statistics(row, NUM_REAL, NUM_ROWS, STEPS, LANES)
     tl.store(results + t, top)
     tl.store(results + num_tokens + t, total)
-    tl.store(results + 2 * num_tokens + t, _label_logit(row, tl.load(labels + t), num_real, elsewhere))
+    tl.store(results + 2 * num_tokens + t, _label_logit(row, tl.load(labels + t), elsewhere, NUM_REAL))
 
 
 @triton.jit
 def _gradient(  # type: ignore[no-untyped-def]
-    logits, labels, scales, log_sums, num_real, num_rows, STEPS: tl.constexpr, LANES: tl.constexpr
-):
+    logits, labels, scales, log_sums,
+    NUM_REAL: tl.constexpr, NUM_ROWS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    row, label = logits + t * num_rows, tl.load(labels + t)
-    of_label = _label_logit(row, label, num_real, 0.0)
+    row, label = logits + t * NUM_ROWS, tl.load(labels + t)
+    of_label = _label_logit(row, label, 0.0, NUM_REAL)
     scale, log_sum = tl.load(scales + t), tl.load(log_sums + t)
-    _write_row_gradient(row, label, of_label, scale, log_sum, num_real, num_rows, STEPS, LANES)
+    _write_row_gradient(row, label, of_label, scale, log_sum, NUM_REAL, NUM_ROWS, STEPS, LANES)
 
 
-def _constants(num_rows: int) -> dict[str, Any]:
+def _constants(num_real: int, num_rows: int) -> dict[str, Any]:
+    """Compiled for the vocabulary: a few lengths in a run, and of loops of known length the end alone is masked."""
+    sizes = {"NUM_REAL": num_real, "NUM_ROWS": num_rows}
     if num_rows < 1 << 13:
-        return {"STEPS": 1, "LANES": max(16, min(1024, triton.next_power_of_2(num_rows))), "num_warps": 4}
-    return {"STEPS": 2, "LANES": 4096, "num_warps": 16}
+        return sizes | {"STEPS": 1, "LANES": max(16, min(1024, triton.next_power_of_2(num_rows))), "num_warps": 4}
+    return sizes | {"STEPS": 2, "LANES": 4096, "num_warps": 16}
 
 
 def losses(logits: Tensor, labels: Tensor, scales: Tensor, num_real: int, needs_gradient: bool) -> Tensor:
@@ -146,9 +154,9 @@ def losses(logits: Tensor, labels: Tensor, scales: Tensor, num_real: int, needs_
     T, V = logits.shape
     found = torch.empty(T, dtype=torch.float32, device=logits.device)
     _loss[(T,)](
-        *(logits, labels.contiguous(), scales.contiguous(), found, num_real, V),
+        *(logits, labels.contiguous(), scales.contiguous(), found),
         NEEDS_GRADIENT=needs_gradient,
-        **_constants(V),
+        **_constants(num_real, V),
     )
     return found
 
@@ -162,7 +170,7 @@ def statistics(logits: Tensor, labels: Tensor, num_real: int, elsewhere: float) 
     assert logits.is_contiguous()
     T, V = logits.shape
     found = torch.empty(3, T, dtype=torch.float32, device=logits.device)
-    _statistics[(T,)](logits, labels.contiguous(), found, elsewhere, num_real, V, T, **_constants(V))
+    _statistics[(T,)](logits, labels.contiguous(), found, elsewhere, T, **_constants(num_real, V))
     return found
 
 
@@ -171,5 +179,5 @@ def write_gradient(logits: Tensor, labels: Tensor, scales: Tensor, log_sums: Ten
     assert logits.is_contiguous()
     T, V = logits.shape
     _gradient[(T,)](
-        *(logits, labels.contiguous(), scales.contiguous(), log_sums.contiguous(), num_real, V), **_constants(V)
+        *(logits, labels.contiguous(), scales.contiguous(), log_sums.contiguous()), **_constants(num_real, V)
     )

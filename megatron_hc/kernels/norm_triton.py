@@ -60,7 +60,8 @@ def _backward(  # type: ignore[no-untyped-def]
     of_bias = tl.zeros([WIDTH], tl.float32)
     if HAS_WEIGHT:
         scale = tl.load(weight + d, mask=column, other=0.0).to(tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+    tile = tl.program_id(0)
+    while tile * ROWS < num_rows:
         t = tile * ROWS + tl.arange(0, ROWS)
         place = t.to(tl.int64)[:, None] * D + d[None, :]
         mask = (t < num_rows)[:, None] & column[None, :]
@@ -84,6 +85,7 @@ def _backward(  # type: ignore[no-untyped-def]
         if IS_SUM:
             result += later
         tl.store(g_x + place, result.to(g_x.dtype.element_ty), mask=mask)
+        tile += tl.num_programs(0)
     into = partial + tl.program_id(0).to(tl.int64) * 2 * D + d
     if HAS_WEIGHT:
         tl.store(into, of_weight, mask=column)
