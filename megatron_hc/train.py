@@ -253,9 +253,16 @@ def check_kernels(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def compile_layers(model: GPT, mesh: Mesh) -> None:
-    """--compile: torch.compile of every layer; layers of one structure share their code."""
+    """--compile: torch.compile of every layer; layers of one structure share their code.
+
+    Layers of a method that looks back over depth have each its own. torch would compile eight of them and run the
+    others as they are, with a warning: its limit is raised by what these layers may need, with and without gradients.
+    """
     if torch.device(mesh.device).type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++ or set CXX, or leave --compile out")
+    limits = torch._dynamo.config
+    limits.recompile_limit += 4 * len(model.stage_layers())
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
     for layer in model.stage_layers():
         layer.compile()
 

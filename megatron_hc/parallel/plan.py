@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -165,14 +165,23 @@ def _share_key_value_heads(attention: Attention, sharers: int) -> None:
     attention.linear_qkv.parts = Parts(sizes)
 
 
-def materialize(model: GPT, placed: dict[str, Placement], seed: int, mesh: Mesh, dtype: torch.dtype) -> None:
+def materialize(
+    model: GPT,
+    placed: dict[str, Placement],
+    seed: int,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    draw: Callable[[str, int], Draw] | None = None,
+) -> None:
     """Give every parameter storage on the mesh's device and its initial value, in at least fp32.
 
-    ``cast_parameters`` comes after the optimizer has taken its fp32 master weights.
+    ``cast_parameters`` comes after the optimizer has taken its fp32 master weights. ``draw``: ``draw_for``, or for
+    weights whose values do not matter another source of numbers.
     """
+    draw = draw or draw_for
     drawn: dict[str, Tensor] = {}
     for name, module, local_name in owned_parameters(model):
-        value = module.initial(local_name, draw_for(name, seed))  # type: ignore[operator]
+        value = module.initial(local_name, draw(name, seed))  # type: ignore[operator]
         assert tuple(value.shape) == placed[name].whole_shape, f"{name}: {value.shape}"
         drawn[name] = placed[name].cut(value).to(mesh.device, promote(dtype))
     for name, module, local_name in list(owned_parameters(model)):

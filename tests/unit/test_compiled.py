@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from helpers import build, random_tokens, small_config
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from megatron_hc.kernels.compiled import gated, own, turned
 from megatron_hc.kernels.swiglu import swiglu
+from megatron_hc.mesh import Mesh
+from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.rope import RopeTable, apply_rope
+from megatron_hc.train import compile_layers
 
 
 def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +41,18 @@ def test_gated_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(with_gradient(gated, x), expected)
     assert gated(x.requires_grad_()).grad_fn.name() == "MulBackward0"
+
+
+def test_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten layers that each look back over other states: more than the eight that torch compiles by itself."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(TransformerLayer, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
+    model = build(small_config({"residual_connection": "denseformer"}, num_layers=10), "fp32")
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_layers(model, Mesh())
+        model(random_tokens())
+    assert counter.frame_count == 10
 
 
 class Doubled(torch.autograd.Function):
