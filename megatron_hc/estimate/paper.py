@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hc.config import TrainConfig
+from megatron_hc.kernels.norm import WIDEST_IN_TRITON
 from megatron_hc.mesh import Mesh, mesh_of
 from megatron_hc.model.attention import CoreAttention
 from megatron_hc.model.experts import ExpertMatrix, Experts, Rows
+from megatron_hc.model.linear import NormLayer
 from megatron_hc.model.router import Router
 from megatron_hc.parallel.collectives import CountedGroup, all_gather, group_size
 from megatron_hc.parallel.expert import AllGatherMoE, AllToAllMoE, Exchange
@@ -79,6 +81,8 @@ class PaperRank:
         for module in self.model.modules():
             if isinstance(module, CoreAttention):
                 become(module, PaperAttention)
+            elif type(module) is NormLayer and device != "cpu":
+                become(module, PaperNorm)
             elif isinstance(module, Router):
                 become(module, PaperRouter)
             elif isinstance(module, Experts):
@@ -116,6 +120,30 @@ class PaperAttention(CoreAttention):
         heads_first = (1, 2, 0, 3)
         y = _FlashAttention.apply(*(t.permute(heads_first) for t in (q, k, v)))
         return y.permute(2, 0, 1, 3).flatten(2)
+
+
+class _NormInTriton(torch.autograd.Function):
+    """Keeps what the kernel keeps: its input as it is, and two numbers per row in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, *parameters, x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:-1])
+
+
+class PaperNorm(NormLayer):
+    """The norm as a GPU has it, by itself or behind the plain residual's sum, which the kernel keeps no second time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > WIDEST_IN_TRITON or x.dtype == torch.float64:
+            return super().forward(x)
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return _NormInTriton.apply(x, *parameters)
 
 
 class PaperRouter(Router):

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_hc.kernels.choice import replaces_torch
 
+WIDEST_IN_TRITON = 1 << 13  # a wider row does not fit into the registers of the backward pass
+
 
 class NormParts(NamedTuple):
     """A norm as numbers, for an operation that does it with something else."""
@@ -80,11 +82,7 @@ def norm_of_sum(x: Tensor, output: Tensor, factor: float, parts: NormParts) -> t
 
 
 def _in_triton(x: Tensor, backend: str) -> bool:
-    if not replaces_torch(x, backend):
-        return False
-    from megatron_hc.kernels import norm_triton
-
-    return x.shape[-1] <= norm_triton.WIDEST
+    return x.shape[-1] <= WIDEST_IN_TRITON and replaces_torch(x, backend)
 
 
 class _TritonNorm(torch.autograd.Function):

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 1 << 13  # beyond it the backward pass does not fit into registers
-
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
