@@ -92,7 +92,7 @@ def loss_of(model: GPT, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
     hidden = model(tokens) if hidden is None else hidden
     weights = torch.linspace(0.5, 1.5, tokens.numel(), dtype=torch.float64).reshape(tokens.shape) / tokens.numel()
     weights[:, -1] = 0
-    return model.output.loss(hidden, tokens.roll(-1, 1), weights.to(hidden.dtype))
+    return model.output.loss(hidden, tokens.roll(-1, 1), weights.to(hidden.device, hidden.dtype))
 
 
 def gradients(model: GPT, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
