@@ -135,7 +135,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, use_grouped_mm: bo
 
 def can_group(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped matrix multiplication takes these: dtype, and rows of whole 16 bytes."""
-    allowed = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    takes_fp32 = not x.is_cuda and not torch.compiler.is_compiling()  # what --compile knows of it is CUDA's
+    allowed = (torch.bfloat16, torch.float32) if takes_fp32 else (torch.bfloat16,)
     is_aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     return hasattr(F, "grouped_mm") and x.dtype in allowed and is_aligned
 

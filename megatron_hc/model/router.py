@@ -164,9 +164,11 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x [S, B, C], this process's part of the sequence -> where its tokens go."""
-        options, call = self.options, self._call()
+        options = self.options
         dtype = torch.promote_types(promote(x.dtype), self.dtype)
-        x = self._jittered(x.to(dtype), call) if options.moe_input_jitter_eps and self.training else x.to(dtype)
+        x = x.to(dtype)
+        if options.moe_input_jitter_eps and self.training:
+            x = self._jittered(x, self._call())
         logits = F.linear(x, self.weight.to(dtype)).flatten(0, 1)  # [T, E]
         has_losses = self.training and torch.is_grad_enabled()
         is_first = self.memory is None or self.memory.decision is None
@@ -231,7 +233,7 @@ class Router(nn.Module):
     # ---- decisions ----
 
     def _call(self) -> int:
-        """Number of this forward pass in the step."""
+        """Number of this forward pass in the step. Asked for jitter alone: a compiler makes code for every number."""
         if self.memory is not None and self.memory.call is not None:
             return self.memory.call
         call = self.step.num_calls

@@ -7,16 +7,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import build, random_tokens, small_config
+from helpers import build, gradients, random_tokens, small_config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from megatron_hc.config import MoEConfig
 from megatron_hc.kernels.compiled import gated, own, turned
 from megatron_hc.kernels.swiglu import swiglu
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.rope import RopeTable, apply_rope
 from megatron_hc.train import compile_layers
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
 
 
 def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +56,23 @@ def test_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_layers(model, Mesh())
         model(random_tokens())
     assert counter.frame_count == 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_experts_are_compiled_for_all_micro_batches(precision: str) -> None:
+    """The first of a step has no losses to add to, which is code of its own; the numbers are eager code's."""
+    torch._dynamo.reset()
+    moe = MoEConfig(num_experts=2, moe_aux_loss_coeff=(0.1,))
+    config, counter = small_config({"residual_connection": "hyper"}, num_layers=1, moe=moe), CompileCounter()
+    compiled, eager = build(config, precision), build(config, precision)
+    compiled.stage_layers()[0].compile(backend=counter)
+    counts = []
+    for _ in range(4):
+        tokens = random_tokens()
+        found, expected = gradients(compiled, tokens), gradients(eager, tokens)
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[precision], atol=TOLERANCE[precision])
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[3]
 
 
 class Doubled(torch.autograd.Function):
