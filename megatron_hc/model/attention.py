@@ -94,9 +94,14 @@ KERNELS = {
 
 def chosen_kernels(backend: str, device: torch.device) -> AbstractContextManager[object]:
     """Attention inside runs on ``--attention-backend``; one that cannot do it (masks, head widths) is torch's error."""
-    if backend == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+    if backend == "auto" and device.type == "cuda" and is_hopper(device):
         backend = "hopper"
     return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend], set_priority=True)
+
+
+@torch.compiler.assume_constant_result  # a compiler would end its graph at the question
+def is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _explicit_attention(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import build, gradients, random_tokens, small_config
+from helpers import build, gradients, random_tokens, randomise, small_config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -73,6 +73,23 @@ def test_experts_are_compiled_for_all_micro_batches(precision: str) -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[precision], atol=TOLERANCE[precision])
         counts.append(counter.frame_count)
     assert counts[1] == counts[3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["plain", "hyper", "frac", "mhc", "attention"])
+def test_layers_compile_on_a_gpu(method: str) -> None:
+    """Without a graph break; loss and gradients are eager code's, but for the order of sums in fp32."""
+    torch._dynamo.reset()
+    shape = {"hidden_size": 256, "ffn_hidden_size": 512, "init_method_std": 0.05, "seq_length": 64}
+    config, tokens = small_config({"residual_connection": method}, **shape), random_tokens(length=64).cuda()
+    compiled, eager = (randomise(build(config, "fp32"), scale=0.1).cuda() for _ in range(2))
+    for layer in compiled.stage_layers():
+        layer.compile(fullgraph=True)
+    (loss, found), (expected_loss, expected) = (gradients(model, tokens) for model in (compiled, eager))
+    assert abs(loss / expected_loss - 1) < 1e-5
+    errors = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()}
+    assert max(errors.values()) < 1e-3, errors
 
 
 class Doubled(torch.autograd.Function):
