@@ -77,10 +77,8 @@ def _boundary(
     form = Form(kind, num_streams, num_reads, is_joint, is_centred, eps, iterations, norm, norm_eps, backend)
     pieces = implementation(form, streams)
     if hasattr(pieces, "forward"):
-        if norm == "LayerNorm" and norm_bias is None and norm_weight is not None:
-            norm_bias = torch.zeros_like(norm_weight)  # kernels of LayerNorm load one
         inputs = (streams, output, write, keep, projection, norm_weight, norm_bias, list(parameters))
-        return pieces.forward(form, *inputs)
+        return pieces.forward(form, *inputs, _row_sums(form, projection))
     new, statistics = pieces.enter(form, streams, output, write, keep, projection)
     T = streams.shape[0]
     mixed = mixing_weights(form, statistics, _row_sums(form, projection), parameters)
@@ -136,12 +134,9 @@ def _boundary_backward(
     form = Form(kind, num_streams, num_reads, is_joint, is_centred, eps, iterations, norm, norm_eps, backend)
     pieces = implementation(form, streams)
     if hasattr(pieces, "backward"):
-        written = (streams, output, write, keep, projection, norm_weight, list(parameters))
+        written = (streams, output, write, keep, projection, norm_weight, list(parameters), _row_sums(form, projection))
         kept = (new, read, statistics, norm_statistics)
-        found, g_read, g_norm = pieces.backward(form, g_new, g_x, g_write, g_keep, *written, *kept)
-        _, g_sums, g_parameters = _small_gradients(
-            form, statistics, _row_sums(form, projection), parameters, (g_read, g_write, g_keep)
-        )
+        found, g_norm, g_parameters = pieces.backward(form, g_new, g_x, g_write, g_keep, *written, *kept)
     else:
         g_mixed, g_read, g_norm = pieces.leave_backward(form, g_x, new, read, norm_statistics, norm_weight)
         g_statistics, g_sums, g_parameters = _small_gradients(
@@ -150,10 +145,10 @@ def _boundary_backward(
         found = pieces.enter_backward(
             form, g_new, g_mixed, read, new, statistics, g_statistics, streams, output, write, keep, projection
         )
-    if g_sums is not None:
-        found[4].add_(g_sums.unsqueeze(-1))
+        if g_sums is not None:
+            found[4].add_(g_sums.unsqueeze(-1))
     # An operation returns no tensor twice, and no view of another result.
-    return [*found, *(g.clone() for g in (*g_norm, *g_parameters))]
+    return [*found, *(g.clone(memory_format=torch.contiguous_format) for g in (*g_norm, *g_parameters))]
 
 
 @_boundary_backward.register_fake

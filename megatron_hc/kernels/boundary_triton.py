@@ -1,15 +1,16 @@
-"""A boundary of hyper- and frac-connections as one Triton kernel forward and one backward.
+"""A boundary of hyper- and frac-connections in Triton.
 
-Dims: T tokens, N streams, D width of one stream, R parts read and written (1, or N), K = R + N + 1 logits per stream.
+Dims as in ``boundary_triton_kernels``.
 
-A program holds all streams of a token in registers: the forward pass reads (n + 1) C numbers per token and writes
-(n + 1) C, the backward pass reads (3 n + 2) C and writes (n + 1) C (the product for W's gradient reads n C more), for
-any N and D (masked up to powers of two) and any number of tokens, which is no constant of the kernel. The backward pass
-has a fixed number of programs that walk over the tokens; what is summed over tokens leaves them as partial sums in
-fp32, which are added in a fixed order.
+Forward: one kernel, a token per program, reads (n + 1) C numbers per token and writes (n + 1) C; a small one makes the
+weights that go on. Backward: the sums over D that everything else waits for (reads (n + 1) C); through tanh, a number
+per thread; then all large gradients, in columns of D whose part of W and of W's gradient stay in registers (reads
+(2 n + 2) C, writes (n + 1) C). Any N up to 8 and any D, masked up to powers of two; the number of tokens is no constant
+of a kernel. What is summed over tokens leaves a program as a partial sum in fp32, and these are added in a fixed order.
 Everything is computed in fp32 and rounded to the streams' dtype once.
 
-These kernels have run in Triton's interpreter only, not on a GPU.
+Measured on an H200 and left out, each slower: sums between threads as products of matrices, the streams' gradients a
+token per program, and loads of the next token ahead of time.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from megatron_hc.kernels import boundary_triton_kernels as kernels
 from megatron_hc.kernels.boundary_results import NORMS, empty_gradients, empty_results, pointer, unexpanded
 from megatron_hc.kernels.coefficients import Form
+from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, multiprocessors, sum_of_rows, take
 
 
 def can_do(form: Form, streams: Tensor) -> bool:
@@ -30,201 +32,35 @@ def can_do(form: Form, streams: Tensor) -> bool:
     return form.kind == "tanh" and form.num_streams <= 8 and streams.shape[1] * streams.shape[2] <= 1 << 16
 
 
-@triton.jit
-def _norm_tile(  # type: ignore[no-untyped-def]
-    x, mask, weight, bias, offsets, C: tl.constexpr, NORM: tl.constexpr, eps
-):
-    """x [RP, DP] -> its norm over all C numbers, mean and 1 / rms."""
-    mean = 0.0
-    if NORM == 2:
-        mean = tl.sum(tl.sum(x, 1), 0) / C
-        x = tl.where(mask, x - mean, 0.0)
-    inverse = tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / C + eps)
-    x = x * inverse * tl.load(weight + offsets, mask=mask, other=0.0)
-    if NORM == 2:
-        x += tl.load(bias + offsets, mask=mask, other=0.0)
-    return x, mean, inverse
-
-
-@triton.jit
-def _forward(  # type: ignore[no-untyped-def]
-    h, y, write, keep, w, static_read, static_keep, static_write, alpha, beta, norm_weight, norm_bias,
-    new, x, next_read, next_write, next_keep, statistics, norm_statistics, eps, norm_eps, stream_stride,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """One token. ``stream_stride``: numbers from one stream to the next, 0 where all are the same embedding."""
-    t = tl.program_id(0).to(tl.int64)
-    K: tl.constexpr = R + N + 1
-    i, d, r = tl.arange(0, NP), tl.arange(0, DP), tl.arange(0, RP)
-    row, column = i < N, d < D
-    tile, mask = i[:, None] * D + d[None, :], row[:, None] & column[None, :]
-    token = h + t * (D + (N - 1) * stream_stride)
-    if HAS_OUTPUT:
-        total = tl.zeros([NP, DP], tl.float32)
-        for s in tl.static_range(N):
-            stream = tl.load(token + s * stream_stride + d, mask=column, other=0.0).to(tl.float32)
-            total += tl.load(keep + (t * N + s) * N + i, mask=row, other=0.0)[:, None] * stream[None, :]
-        for q in tl.static_range(R):
-            part = tl.load(y + (t * R + q) * D + d, mask=column, other=0.0).to(tl.float32)
-            total += tl.load(write + (t * R + q) * N + i, mask=row, other=0.0)[:, None] * part[None, :]
-    else:
-        total = tl.load(token + i[:, None] * stream_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    stored = total.to(new.dtype.element_ty)
-    tl.store(new + t * N * D + tile, stored, mask=mask)
-    rows = stored.to(tl.float32)
-    of_row = statistics + (t * N + i) * (K + 2)
-    mean = tl.zeros([NP], tl.float32)
-    inverse = tl.zeros([NP], tl.float32)
-    if IS_DYNAMIC:
-        if IS_CENTRED:
-            mean = tl.sum(rows, 1) / D
-        centred = tl.where(mask, rows - mean[:, None], 0.0)
-        variance = tl.sum(centred * centred, 1) / D
-        inverse = tl.rsqrt(variance + eps)
-        tl.store(of_row + K, mean, mask=row)
-        tl.store(of_row + K + 1, variance, mask=row)
-    xs = tl.zeros([RP, DP], tl.float32)
-    for k in tl.static_range(K):
-        if k < R:
-            weight = tl.load(static_read + i * R + k, mask=row, other=0.0)
-        elif k < R + N:
-            weight = tl.load(static_keep + i * N + (k - R), mask=row, other=0.0)
-        else:
-            weight = tl.load(static_write + i, mask=row, other=0.0)
-        if IS_DYNAMIC:
-            wk = tl.load(w + k * D + d, mask=column, other=0.0)
-            z = tl.sum(rows * wk[None, :], 1)
-            tl.store(of_row + k, z, mask=row)
-            if IS_CENTRED:
-                z -= mean * tl.sum(wk, 0)
-            scale = tl.load(alpha) if k < R + N else tl.load(beta)
-            weight += scale * (2 * tl.sigmoid(2 * z * inverse) - 1)
-        if k < R:
-            tl.store(next_read + (t * N + i) * R + k, weight, mask=row)
-            read = tl.sum(tl.where(row, weight, 0.0)[:, None] * rows, 0)
-            xs = tl.where((r == k)[:, None], read[None, :], xs)
-        elif k < R + N:
-            tl.store(next_keep + (t * N + i) * N + (k - R), weight, mask=row)
-        else:
-            # One part: a row of N weights. N parts: the diagonal; the rest is zero already.
-            tl.store(next_write + (t * N + i if R == 1 else (t * R + i) * N + i), weight, mask=row)
-    part_offsets, part_mask = r[:, None] * D + d[None, :], (r < R)[:, None] & column[None, :]
-    if NORM > 0:
-        xs, of_mean, of_inverse = _norm_tile(xs, part_mask, norm_weight, norm_bias, part_offsets, R * D, NORM, norm_eps)
-        tl.store(norm_statistics + 2 * t, of_mean)
-        tl.store(norm_statistics + 2 * t + 1, of_inverse)
-    tl.store(x + t * R * D + part_offsets, xs.to(x.dtype.element_ty), mask=part_mask)
-
-
-@triton.jit
-def _backward(  # type: ignore[no-untyped-def]
-    g_new, g_x, g_write, g_keep, h, y, write, keep, w, alpha, beta, norm_weight, new, read, statistics,
-    norm_statistics, g_h, g_y, g_write_in, g_keep_in, g_read, g_statistics, partial, num_tokens, eps, stream_stride,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Every program takes every ``num_programs``-th token; sums for the norm's weight and bias go to ``partial``."""
-    K: tl.constexpr = R + N + 1
-    C: tl.constexpr = R * D
-    i, d, r = tl.arange(0, NP), tl.arange(0, DP), tl.arange(0, RP)
-    row, column = i < N, d < D
-    tile, mask = i[:, None] * D + d[None, :], row[:, None] & column[None, :]
-    part_offsets, part_mask = r[:, None] * D + d[None, :], (r < R)[:, None] & column[None, :]
-    of_weight = tl.zeros([RP, DP], tl.float32)
-    of_bias = tl.zeros([RP, DP], tl.float32)
-    t = tl.program_id(0).to(tl.int64)
-    while t < num_tokens:
-        rows = tl.load(new + t * N * D + tile, mask=mask, other=0.0).to(tl.float32)
-        dx = tl.load(g_x + t * C + part_offsets, mask=part_mask, other=0.0).to(tl.float32)
-        if NORM > 0:
-            xs = tl.zeros([RP, DP], tl.float32)
-            for q in tl.static_range(R):
-                weight = tl.load(read + (t * N + i) * R + q, mask=row, other=0.0)
-                xs = tl.where((r == q)[:, None], tl.sum(weight[:, None] * rows, 0)[None, :], xs)
-            of_mean, of_inverse = tl.load(norm_statistics + 2 * t), tl.load(norm_statistics + 2 * t + 1)
-            hat = tl.where(part_mask, (xs - of_mean) * of_inverse, 0.0)
-            of_weight += dx * hat
-            of_bias += dx
-            dx = dx * tl.load(norm_weight + part_offsets, mask=part_mask, other=0.0)
-            along = tl.sum(tl.sum(dx * hat, 1), 0) / C
-            offset = tl.sum(tl.sum(dx, 1), 0) / C if NORM == 2 else 0.0
-            dx = tl.where(part_mask, (dx - hat * along - offset) * of_inverse, 0.0)
-        grad = tl.load(g_new + t * N * D + tile, mask=mask, other=0.0).to(tl.float32)
-        of_row = (t * N + i) * (K + 2)
-        mean = tl.zeros([NP], tl.float32)
-        inverse = tl.zeros([NP], tl.float32)
-        g_inverse = tl.zeros([NP], tl.float32)
-        g_mean = tl.zeros([NP], tl.float32)
-        if IS_DYNAMIC:
-            mean = tl.load(statistics + of_row + K, mask=row, other=0.0)
-            inverse = tl.rsqrt(tl.load(statistics + of_row + K + 1, mask=row, other=0.0) + eps)
-        for k in tl.static_range(K):
-            if k < R:
-                part = tl.sum(tl.where((r == k)[:, None], dx, 0.0), 0)
-                weight = tl.load(read + (t * N + i) * R + k, mask=row, other=0.0)
-                grad += weight[:, None] * part[None, :]
-                g = tl.sum(rows * part[None, :], 1)
-                tl.store(g_read + (t * N + i) * R + k, g, mask=row)
-            elif k < R + N:
-                g = tl.load(g_keep + (t * N + i) * N + (k - R), mask=row, other=0.0)
-            else:
-                g = tl.load(g_write + (t * N + i if R == 1 else (t * R + i) * N + i), mask=row, other=0.0)
-            if IS_DYNAMIC:
-                wk = tl.load(w + k * D + d, mask=column, other=0.0)
-                z = tl.load(statistics + of_row + k, mask=row, other=0.0)
-                if IS_CENTRED:
-                    z -= mean * tl.sum(wk, 0)
-                th = 2 * tl.sigmoid(2 * z * inverse) - 1
-                scale = tl.load(alpha) if k < R + N else tl.load(beta)
-                g_logit = g * scale * (1 - th * th)
-                g_z = g_logit * inverse
-                tl.store(g_statistics + of_row + k, g_z, mask=row)
-                g_inverse += g_logit * z
-                if IS_CENTRED:
-                    g_mean -= g_z * tl.sum(wk, 0)
-                grad += g_z[:, None] * wk[None, :]
-        if IS_DYNAMIC:
-            g_variance = g_inverse * (-0.5) * inverse * inverse * inverse
-            share = 2 * g_variance / D
-            grad += share[:, None] * rows + (g_mean / D - share * mean)[:, None]
-        # Rounded, as it is where a stage boundary lies between the write and the read.
-        rounded = grad.to(g_h.dtype.element_ty)
-        if HAS_OUTPUT:
-            grad = tl.where(mask, rounded.to(tl.float32), 0.0)
-            for s in tl.static_range(N):
-                stream = tl.load(
-                    h + t * (D + (N - 1) * stream_stride) + s * stream_stride + d, mask=column, other=0.0
-                ).to(tl.float32)
-                weight = tl.load(keep + (t * N + s) * N + i, mask=row, other=0.0)
-                result = tl.sum(weight[:, None] * grad, 0)
-                tl.store(g_h + (t * N + s) * D + d, result.to(g_h.dtype.element_ty), mask=column)
-                tl.store(g_keep_in + (t * N + s) * N + i, tl.sum(grad * stream[None, :], 1), mask=row)
-            for q in tl.static_range(R):
-                part = tl.load(y + (t * R + q) * D + d, mask=column, other=0.0).to(tl.float32)
-                weight = tl.load(write + (t * R + q) * N + i, mask=row, other=0.0)
-                result = tl.sum(weight[:, None] * grad, 0)
-                tl.store(g_y + (t * R + q) * D + d, result.to(g_y.dtype.element_ty), mask=column)
-                tl.store(g_write_in + (t * R + q) * N + i, tl.sum(grad * part[None, :], 1), mask=row)
-        else:
-            tl.store(g_h + t * N * D + tile, rounded, mask=mask)
-        t += tl.num_programs(0)
-    if NORM > 0:
-        into = partial + tl.program_id(0) * 2 * C + part_offsets
-        tl.store(into, of_weight, mask=part_mask)
-        tl.store(into + C, of_bias, mask=part_mask)
-
-
-def _constants(form: Form, streams: Tensor, output: Tensor | None, projection: Tensor | None) -> dict[str, Any]:
-    _, N, D = streams.shape
-    numbers = triton.next_power_of_2(N) * triton.next_power_of_2(D)
+def constants_of(form: Form, streams: Tensor, projection: Tensor | None) -> dict[str, Any]:
+    """Of every kernel."""
+    N, R = form.num_streams, form.num_reads
     return {
-        **{"N": N, "D": D, "R": form.num_reads, "NP": triton.next_power_of_2(N), "DP": triton.next_power_of_2(D)},
-        "RP": triton.next_power_of_2(form.num_reads),
-        **{"HAS_OUTPUT": output is not None, "IS_DYNAMIC": projection is not None},
-        **{"IS_CENTRED": form.is_centred, "NORM": NORMS[form.norm]},
-        "num_warps": 4 if numbers <= 4096 else 8 if numbers <= 16384 else 16,
+        **{"N": N, "D": streams.shape[2], "R": R, "NP": triton.next_power_of_2(N), "RP": triton.next_power_of_2(R)},
+        **{"KP": triton.next_power_of_2(R + N + 3), "DP": max(32, triton.next_power_of_2(streams.shape[2]))},
+        **{"IS_DYNAMIC": projection is not None, "IS_CENTRED": form.is_centred, "NORM": NORMS[form.norm]},
+        "V": 16 // streams.element_size(),  # a thread's load has 16 bytes
+        "IS_COMPILED": not IS_INTERPRETED,
     }
+
+
+def row_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """Of kernels with a token per program: a thread has 64 numbers of H'."""
+    return {"num_warps": max(1, min(16, constants["NP"] * constants["DP"] // 2048))}
+
+
+def streams_options(form: Form, constants: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Columns of a program of ``backward_streams``, one warp, and its programs per multiprocessor.
+
+    A thread takes so many columns as its 255 registers have room for; where W is held they are nearly full.
+    """
+    holds_projection = constants["IS_DYNAMIC"] and not form.is_joint
+    logits = form.num_reads + form.num_streams + 1 if holds_projection else 0
+    held = 2 * logits + 2 * form.num_reads + 3 * form.num_streams  # vectors: W, its gradient, the norm's, the streams'
+    width = constants["V"]
+    while width > 1 and width * held > 210:
+        width //= 2
+    return {"E": 32 * width, "V": width, "num_warps": 1}, 8 if holds_projection else 12
 
 
 def forward(
@@ -237,29 +73,33 @@ def forward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     parameters: list[Tensor],
+    row_sums: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """-> H', x, write', keep', read', the statistics, those of the norm: as ``boundary`` has them."""
+    T = streams.shape[0]
     results = empty_results(streams, form.num_reads, projection, form.norm)
     new, x, next_write, next_keep, read, statistics, norm_statistics = results
     if form.num_reads > 1:
         next_write.zero_()  # but for its diagonal
     h, stride = unexpanded(streams)
-    static_read, static_keep, static_write = (p.contiguous() for p in parameters[:3])
-    alpha, beta = parameters[3:] if projection is not None else (static_read, static_read)
-    _forward[(streams.shape[0],)](
-        *(h, pointer(output, h), pointer(write, x), pointer(keep, x), pointer(projection, x)),
-        *(static_read, static_keep, static_write, alpha, beta, pointer(norm_weight, x), pointer(norm_bias, x)),
-        *(new, x, read, next_write, next_keep, statistics, norm_statistics, form.eps, form.norm_eps, stride),
-        **_constants(form, streams, output, projection),
+    static = [p.contiguous() for p in parameters[:3]]
+    scales = parameters[3:] if projection is not None else static[:2]
+    constants, sums = constants_of(form, streams, projection), pointer(row_sums, x)
+    kernels.forward[(T,)](
+        *(h, pointer(output, h), pointer(write, x), pointer(keep, x), pointer(projection, x), sums),
+        *(static[0], scales[0], pointer(norm_weight, x), pointer(norm_bias, x), new, x, statistics, norm_statistics),
+        *(form.eps, form.norm_eps, stride),
+        **take(constants, "N", "D", "R", "NP", "DP", "KP", "V", "IS_DYNAMIC", "IS_CENTRED", "NORM", "IS_COMPILED"),
+        HAS_OUTPUT=output is not None,
+        HAS_BIAS=norm_bias is not None,
+        **row_options(constants),
+    )
+    kernels.weights[(triton.cdiv(T, 16),)](
+        *(statistics, sums, *static, *scales, read, next_write, next_keep, T, form.eps),
+        **take(constants, "N", "R", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED"),
+        M=16,
     )
     return results
-
-
-def num_programs(tokens: int, device: torch.device) -> int:
-    """Programs of a backward pass: a few per multiprocessor; a constant elsewhere (the interpreter)."""
-    if device.type != "cuda":
-        return min(tokens, 4)
-    return min(tokens, 4 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def backward(
@@ -275,32 +115,94 @@ def backward(
     projection: Tensor | None,
     norm_weight: Tensor | None,
     parameters: list[Tensor],
+    row_sums: Tensor | None,
     new: Tensor,
     read: Tensor,
     statistics: Tensor,
     norm_statistics: Tensor,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """-> gradients of H, Y, write, keep, W ([0] where absent), of read', and [2, C] of the norm's weight and bias."""
-    T, N, D = new.shape
-    C, K = form.num_reads * D, form.num_reads + N + 1
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """-> gradients of H, Y, write, keep, W ([0] where absent), [2, C] of the norm's weight and bias, of parameters."""
+    (T, N, D), R, is_dynamic = new.shape, form.num_reads, projection is not None
+    K = R + N + 1
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
-    g_streams, *written = empty_gradients(streams, output, write, keep)
-    g_read = torch.empty_like(read)
-    g_statistics = torch.empty_like(statistics)
-    programs = num_programs(T, new.device)
-    partial = torch.empty(programs, 2, C, **wide)
-    h, stride = unexpanded(streams)
-    alpha, beta = parameters[3:] if projection is not None else (read, read)
-    _backward[(programs,)](
-        *(g_new.contiguous(), g_x.contiguous(), g_write.contiguous(), g_keep.contiguous()),
-        *(h, pointer(output, h), pointer(write, read), pointer(keep, read), pointer(projection, read)),
-        *(alpha, beta, pointer(norm_weight, read), new, read, statistics, norm_statistics),
-        *(g_streams, *written, g_read, g_statistics, partial, T, form.eps, stride),
-        **_constants(form, streams, output, projection),
+    g_new, g_x, g_write, g_keep = (g.contiguous() for g in (g_new, g_x, g_write, g_keep))
+    constants = constants_of(form, streams, projection)
+    g_read, g_norm = backward_of_read(form, g_x, new, norm_weight, read, norm_statistics)
+    programs = min(triton.cdiv(T, 16), 2 * multiprocessors(new.device))
+    g_z, sums = torch.empty_like(statistics), torch.empty(programs, 3, N, K, **wide)
+    kernels.backward_weights[(programs,)](
+        *(g_read, g_keep, g_write, statistics, pointer(row_sums, read)),
+        *(parameters[3:] if is_dynamic else (read, read)),
+        *(g_z, sums, T, form.eps),
+        **take(constants, "N", "D", "R", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED"),
+        M=16,
     )
-    g_projection = torch.empty(0, **wide)
-    if projection is not None:
-        # A product over all tokens, split over them by the library: W's partial sums do not fit beside a row.
-        g_projection = g_statistics.view(-1, K + 2)[:, :K].t() @ new.view(-1, D).float()
-    sums = partial.sum(0) if form.norm else torch.zeros(2, C, **wide)
-    return [g_streams, *written, g_projection], g_read, sums
+    inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
+    found, of_columns = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))
+    of_static, of_scale, of_sums = sum_of_rows(sums)
+    g_parameters = [of_static[:, :R], of_static[:, R : R + N], of_static[:, R + N]]
+    g_projection = of_columns[:0]
+    if is_dynamic:
+        g_parameters += [of_scale[:, : R + N].sum().view(1), of_scale[:, R + N].sum().view(1)]
+        g_projection = of_columns[:K]
+        if row_sums is not None:
+            g_projection = g_projection + of_sums.sum(0).unsqueeze(-1)
+        of_columns = of_columns[K:]
+    of_norm = torch.zeros(2, R * D, **wide)
+    of_norm[: NORMS[form.norm]] = of_columns.view(NORMS[form.norm], R * D)
+    return [*found, g_projection if is_dynamic else torch.empty(0, **wide)], of_norm, g_parameters
+
+
+def backward_of_read(
+    form: Form, g_x: Tensor, new: Tensor, norm_weight: Tensor | None, read: Tensor, norm_statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-> gradient of read, and what its norm takes off the gradient of x [T, 2] (``backward_read``)."""
+    g_read, g_norm = torch.empty_like(read), torch.empty_like(norm_statistics)
+    constants = constants_of(form, new, None)
+    kernels.backward_read[(new.shape[0],)](
+        *(g_x, new, pointer(norm_weight, read), read, norm_statistics, g_read, g_norm),
+        **take(constants, "N", "D", "R", "NP", "RP", "DP", "V", "NORM"),
+        **row_options(constants),
+    )
+    return g_read, g_norm
+
+
+def backward_of_streams(
+    form: Form, constants: dict[str, Any], inputs: tuple[Any, ...], small: tuple[Tensor, ...]
+) -> tuple[list[Tensor], Tensor]:
+    """-> gradients of H, Y, write and keep; sums over tokens [K + NORM R, D]: of W and of the norm's weight and bias.
+
+    ``inputs``: the gradients of H' and x, then H, Y, write, keep, W and the norm's weight; ``small``: read, the norm's
+    statistics, what ``backward_read`` and what ``backward_weights`` found.
+    """
+    g_new, g_x, streams, output, write, keep, projection, norm_weight = inputs
+    (T, N, D), R, read = g_new.shape, form.num_reads, small[0]
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": g_new.device}
+    g_streams, g_output, g_write, g_keep = empty_gradients(streams, output, write, keep)
+    h, stride = unexpanded(streams)
+    options, per_multiprocessor = streams_options(form, constants)
+    blocks = triton.cdiv(D, options["E"])
+    programs = max(1, min(T, per_multiprocessor * multiprocessors(h.device) // blocks))
+    written = torch.empty(T if output is not None else 0, blocks, N + R, N, **wide)
+    rows = (R + N + 1 if projection is not None and not form.is_joint else 0) + NORMS[form.norm] * R
+    partial = torch.empty(programs, rows, D, **wide)
+    of_streams = take(constants, "N", "D", "R", "NP", "RP", "IS_DYNAMIC", "IS_CENTRED", "NORM", "IS_COMPILED")
+    kernels.backward_streams[(blocks, programs)](
+        *(g_new, g_x, h, pointer(output, h), pointer(write, read), pointer(keep, read), pointer(projection, read)),
+        *(pointer(norm_weight, read), *small, g_streams, g_output, written, partial, T, stride),
+        **of_streams,
+        HAS_OUTPUT=output is not None,
+        IS_JOINT=form.is_joint,
+        **options,
+    )
+    if output is not None:
+        kernels.sum_of_blocks[(triton.cdiv(T, 16),)](
+            *(written, g_write, g_keep, T),
+            BLOCKS=blocks,
+            N=N,
+            R=R,
+            AP=triton.next_power_of_2(N + R),
+            NP=constants["NP"],
+            M=16,
+        )
+    return [g_streams, g_output, g_write, g_keep], sum_of_rows(partial)

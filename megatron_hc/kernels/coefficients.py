@@ -186,10 +186,6 @@ def doubly_stochastic(kind: str, logits: Tensor, n: int, iterations: int = 0) ->
 def _doubly_stochastic_gradient(form: Form, logits: Tensor, grad: Tensor) -> Tensor:
     """Gradient of H_res [T, n, n] -> of the logits [T, M]."""
     n = form.num_streams
-    if form.kind == "sinkhorn" and wants_triton(form, logits):
-        from megatron_hc.kernels import boundary_triton_joint
-
-        return boundary_triton_joint.sinkhorn_gradient(logits.unflatten(-1, (n, n)), grad, form.iterations).flatten(1)
     if form.kind == "sinkhorn":
         return sinkhorn_gradient(logits.unflatten(-1, (n, n)), grad, form.iterations).flatten(1)
     if form.kind == "permutations":
