@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels import boundary as fused_kernel
 from megatron_hc.kernels import boundary_listed
-from megatron_hc.kernels.coefficients import Form
+from megatron_hc.kernels.coefficients import Form, wants_triton
 from megatron_hc.kernels.norm import NormParts, is_one_pass_with_sum, norm_of_sum, promote
 
 Draw = Callable[[str, tuple[int, ...], float], Tensor]
@@ -287,7 +287,7 @@ class LinearMix(Residual):
         return None
 
     def read(self, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
-        fused = self.fused() if self.site.is_sublayer and self.is_fused(carry.stream) else None
+        fused = self.fused_read(carry)
         if fused is None:
             return super().read(carry, norm)
         assert not norm.replaces_stream, "refused with n streams"
@@ -314,6 +314,25 @@ class LinearMix(Residual):
         x = x.unflatten(0, tokens)
         return x if norm.module is None or of_norm is not None else norm.module(x), carry
 
+    def fused_read(self, carry: Carry) -> FusedMix | None:
+        """What the fused boundary does here, if it does; after the last layer only where kernels are Triton's.
+
+        There the streams are read with constant weights: the last write, the read-out and the final norm are one
+        boundary, of which only x is used.
+        """
+        if not self.is_fused(carry.stream):
+            return None
+        if self.site.is_sublayer:
+            return self.fused()
+        read = self.read_out_weights(carry.stream) if self.site.is_final and carry.pending is not None else None
+        if read is None:
+            return None
+        N, R = read.shape
+        form = Form("tanh", N, R, False, False, 0.0, backend=self.site.config.fused_residual_backend)
+        if not wants_triton(form, carry.stream):
+            return None
+        return FusedMix(form, None, (read, read.new_zeros(N, N), read.new_zeros(N)))
+
     def is_fused(self, stream: Tensor) -> bool:
         """Whether reads and writes go through the fused boundary; float64 takes the plain form."""
         return self.site.config.fused_residual and stream.dtype != torch.float64
@@ -323,6 +342,12 @@ class LinearMix(Residual):
         assert mix.read is not None
         x = mix.read.transpose(-1, -2) @ stream.to(mix.read.dtype)  # [S, B, R, D]
         return x.flatten(2).to(stream.dtype)
+
+    def read_out_weights(self, stream: Tensor) -> Tensor | None:
+        """``read_out`` as weights [N, R] of the streams, on their device; None: it is no such sum."""
+        N = stream.shape[2]
+        share = 1 / N if self.site.config.residual.residual_readout == "mean" else 1.0
+        return torch.full((N, 1), share, dtype=promote(stream.dtype), device=stream.device)
 
     def read_out(self, stream: Tensor) -> Tensor:
         """Streams [S, B, N, D] -> hidden [S, B, C] before the final norm."""

@@ -132,5 +132,8 @@ class FracConnection(_StaticDynamicMix):
     def merged(self, carry: Carry) -> Tensor:
         return carry.stream.flatten(2).to(promote(carry.stream.dtype))
 
+    def read_out_weights(self, stream: Tensor) -> Tensor:
+        return torch.eye(stream.shape[2], dtype=promote(stream.dtype), device=stream.device)
+
     def read_out(self, stream: Tensor) -> Tensor:
         return stream.flatten(2)

@@ -182,6 +182,9 @@ class ManifoldConnection(_ManifoldMix):
         ahead = TensorSpec("ahead", (self.num_streams(), 1), "coefficient")
         return (*specs, ahead) if self.is_single_pass else specs
 
+    def read_out_weights(self, stream: Tensor) -> Tensor | None:
+        return None if self.is_single_pass else super().read_out_weights(stream)
+
     def mixed(self, carry: Carry) -> tuple[Tensor | Reads, Carry]:
         if not self.is_single_pass:
             return super().mixed(carry)

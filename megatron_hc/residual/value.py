@@ -219,6 +219,7 @@ class SingleLayerValue(FirstValue):
     def mix(self, own: Tensor | None, earlier: tuple[Tensor, ...], gate: Tensor | None) -> Tensor:
         return earlier[0] if own is None else own
 
+
 VALUE_RESIDUALS: dict[str, type[ValueResidual]] = {
     "none": ValueResidual,
     "half": ConstantValue,

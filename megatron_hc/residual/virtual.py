@@ -123,6 +123,9 @@ class VirtualWidth(LinearMix):
         wide = carry.stream.to(promote(carry.stream.dtype))
         return torch.cat([wide[:, :, i :: self.num_fractions].mean(2) for i in range(self.num_fractions)], dim=-1)
 
+    def read_out_weights(self, stream: Tensor) -> None:
+        return None
+
     def read_out(self, stream: Tensor) -> Tensor:
         if self.reduce is not None:
             x = stream.flatten(2)  # [S, B, N * D]

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from helpers import build, gradients, random_tokens, randomise, small_config
+from test_boundary import counted, distance
 from test_boundary_sizes import BOUND, check
 
 from megatron_hc.kernels import boundary
@@ -94,6 +96,30 @@ def test_an_embedding_is_read_once_for_all_streams() -> None:
     expanded = boundary.boundary(form, hidden.expand(-1, 4, -1), *inputs)
     copied = boundary.boundary(form, hidden.expand(-1, 4, -1).contiguous(), *inputs)
     assert all(torch.equal(a, b) for a, b in zip(expanded, copied, strict=True))
+
+
+@runs_kernels
+@pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"residual_connection": "hyper", "residual_readout": "sum"},
+        {"residual_connection": "frac"},
+        {"residual_connection": "mhc", "residual_streams": 2},
+    ],
+    ids=lambda form: form["residual_connection"],
+)
+def test_a_model_to_its_end(form: dict, norm: str) -> None:
+    """All gradients in fp32 as torch's kernels have them; last write, read-out and final norm are a boundary too."""
+    found = {}
+    for backend in ("torch", "triton"):
+        config = small_config(form, normalization=norm, fused_residual_backend=backend)
+        model = randomise(build(config, "fp32")).to(DEVICE)
+        with counted() as names:
+            _, found[backend] = gradients(model, random_tokens(3).to(DEVICE))
+        assert names.count("boundary") == 2 * config.num_layers + (backend == "triton")
+        assert names.count("fold") == (backend == "torch")
+    assert distance(found["triton"], found["torch"]) <= 2e-5
 
 
 def test_refusals() -> None:
