@@ -195,7 +195,7 @@ class Residual(nn.Module):
     def summed_and_normed(self, carry: Carry, parts: NormParts) -> tuple[Tensor, Carry]:
         assert carry.pending is not None
         stream, x = norm_of_sum(carry.stream.squeeze(2), carry.pending[0], self.stream_factor, parts)
-        return x, carry._replace(stream=stream.unsqueeze(2), pending=None)
+        return x, carry.replace(stream=stream.unsqueeze(2), pending=None)
 
     def write(self, carry: Carry, output: Tensor, value: Tensor | None = None) -> Carry:
         """Record a sublayer's output [S, B, C], and an attention value that later layers use."""
