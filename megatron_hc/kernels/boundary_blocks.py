@@ -104,9 +104,9 @@ def normed(form: Form, x: Tensor, found: Tensor, weight: Tensor | None, bias: Te
 
 
 def norm_gradient(
-    form: Form, grad: Tensor, x: Tensor, found: Tensor, weight: Tensor | None, sums: Tensor
-) -> Tensor:
-    """From the gradient of the norm [t, C] to that of x; adds the weight's and the bias's to ``sums`` [2, C]."""
+    form: Form, grad: Tensor, x: Tensor, found: Tensor, weight: Tensor | None, sums: Tensor, into: Tensor
+) -> None:
+    """From the gradient of the norm [t, C] to that of x, ``into``; adds weight's and bias's to ``sums`` [2, C]."""
     if form.norm == "LayerNorm":
         x = x - found[:, :1]
         sums[1] += grad.sum(0)
@@ -118,7 +118,7 @@ def norm_gradient(
     result = grad - hat * along
     if form.norm == "LayerNorm":
         result -= grad.mean(-1, keepdim=True)
-    return result.mul_(found[:, 1:])
+    torch.mul(result, found[:, 1:], out=into)
 
 
 def leave_backward(
@@ -131,11 +131,12 @@ def leave_backward(
     g_read = torch.empty(T, N, R, dtype=wide, device=new.device)
     sums = torch.zeros(2, R * D, dtype=wide, device=new.device)
     for part in blocks(new):
-        rows, g_block = new[part].to(wide), grad[part].to(wide)
+        rows, g_block, into = new[part].to(wide), grad[part].to(wide), g_x[part].view(-1, R * D)
         if form.norm:
             x = torch.bmm(read[part].transpose(1, 2), rows).view(-1, R * D)
-            g_block = norm_gradient(form, g_block, x, found[part], weight, sums)
-        g_x[part] = g_block.view(-1, R, D)
+            norm_gradient(form, g_block, x, found[part], weight, sums, into)
+        else:
+            into.copy_(g_block)
         g_read[part] = rows @ g_x[part].transpose(1, 2)
     return g_x, g_read, sums
 
@@ -209,7 +210,10 @@ def _fold_gradient(
         ((keep, wide), (write, wide), (output.to(write.dtype), across), (streams.to(write.dtype), across)),
         strict=True,
     ):
-        result.copy_(torch.bmm(left, right))
+        if result.dtype == left.dtype:
+            torch.bmm(left, right, out=result)
+        else:
+            result.copy_(torch.bmm(left, right))
 
 
 def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> Tensor:
