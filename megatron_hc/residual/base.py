@@ -324,7 +324,8 @@ class LinearMix(Residual):
             return None
         if self.site.is_sublayer:
             return self.fused()
-        read = self.read_out_weights(carry.stream) if self.site.is_final and carry.pending is not None else None
+        mix = carry.pending[1] if self.site.is_final and carry.pending is not None else None
+        read = None if mix is None or mix.keep is None else self.read_out_weights(carry.stream)
         if read is None:
             return None
         N, R = read.shape

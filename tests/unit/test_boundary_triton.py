@@ -109,16 +109,37 @@ def test_an_embedding_is_read_once_for_all_streams() -> None:
     ids=lambda value: value if isinstance(value, str) else value["residual_connection"],
 )
 def test_a_model_to_its_end(form: dict, norm: str) -> None:
-    """All gradients in fp32 as torch's kernels have them; last write, read-out and final norm are a boundary too."""
-    found = {}
+    """Last write, read-out and final norm are a boundary too."""
+    assert boundaries_of_a_model(form, norm) == {"torch": (2, 1), "triton": (3, 0)}
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    ("form", "boundaries"),
+    [
+        ({"residual_connection": "gated"}, 0),  # keeps its stream as it is
+        ({"residual_connection": "mhc", "residual_streams": 2, "mhc_single_pass": True}, 0),  # reads what came before
+        ({"residual_connection": "mhc", "residual_streams": 2, "mhc_convention": "megatron"}, 1),
+        ({"residual_connection": "mhc-lite", "residual_streams": 2}, 3),
+        ({"residual_connection": "virtual-width", "residual_streams": 2}, 2),  # its read-out is its own
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_a_model_whose_own_boundaries_are_not_in_triton(form: dict, boundaries: int) -> None:
+    assert boundaries_of_a_model(form, "RMSNorm")["triton"][0] == boundaries
+
+
+def boundaries_of_a_model(form: dict, norm: str) -> dict[str, tuple[int, int]]:
+    """Fused boundaries and folds by backend; all gradients in fp32 are as torch's kernels have them."""
+    found, counts = {}, {}
     for backend in ("torch", "triton"):
         config = small_config(form, normalization=norm, fused_residual_backend=backend, num_layers=1)
         model = randomise(build(config, "fp32")).to(DEVICE)
         with counted() as names:
             _, found[backend] = gradients(model, random_tokens(1).to(DEVICE))
-        assert names.count("boundary") == 2 * config.num_layers + (backend == "triton")
-        assert names.count("fold") == (backend == "torch")
+        counts[backend] = (names.count("boundary"), names.count("fold"))
     assert distance(found["triton"], found["torch"]) <= 2e-5
+    return counts
 
 
 def test_refusals() -> None:
