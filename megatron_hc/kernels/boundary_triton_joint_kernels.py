@@ -130,54 +130,27 @@ def _first_iterate(matrix, N: tl.constexpr, FLOOR: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def _column_sum(matrix, b: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    total = matrix[b]
-    for a in tl.static_range(1, N):
-        total += matrix[a * N + b]
-    return total
+def _sums(matrix, IS_ROWS: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of every row, or of every column: a tuple of N."""
+    found = ()
+    for a in tl.static_range(N):
+        total = matrix[a * N if IS_ROWS else a]
+        for b in tl.static_range(1, N):
+            total += matrix[a * N + b if IS_ROWS else b * N + a]
+        found = found + (total,)
+    return found
 
 
 @triton.jit
-def _row_sum(matrix, a: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    total = matrix[a * N]
-    for b in tl.static_range(1, N):
-        total += matrix[a * N + b]
-    return total
-
-
-@triton.jit
-def _by_columns(matrix, sums, IS_PRODUCT: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A matrix divided (or multiplied) by one number per column."""
+def _scaled(  # type: ignore[no-untyped-def]
+    matrix, sums, IS_ROWS: tl.constexpr, IS_PRODUCT: tl.constexpr, N: tl.constexpr
+):
+    """A matrix divided, or multiplied, by one number per row or per column."""
     found = ()
     for a in tl.static_range(N):
         for b in tl.static_range(N):
-            found = found + (matrix[a * N + b] * sums[b] if IS_PRODUCT else matrix[a * N + b] / sums[b],)
-    return found
-
-
-@triton.jit
-def _by_rows(matrix, sums, IS_PRODUCT: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A matrix divided (or multiplied) by one number per row."""
-    found = ()
-    for a in tl.static_range(N):
-        for b in tl.static_range(N):
-            found = found + (matrix[a * N + b] * sums[a] if IS_PRODUCT else matrix[a * N + b] / sums[a],)
-    return found
-
-
-@triton.jit
-def _all_column_sums(matrix, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    found = ()
-    for b in tl.static_range(N):
-        found = found + (_column_sum(matrix, b, N),)
-    return found
-
-
-@triton.jit
-def _all_row_sums(matrix, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    found = ()
-    for a in tl.static_range(N):
-        found = found + (_row_sum(matrix, a, N),)
+            one = sums[a] if IS_ROWS else sums[b]
+            found = found + (matrix[a * N + b] * one if IS_PRODUCT else matrix[a * N + b] / one,)
     return found
 
 
@@ -228,8 +201,8 @@ def weights(  # type: ignore[no-untyped-def]
             matrix = matrix + (logit,)
     matrix = _first_iterate(matrix, N, FLOOR)
     for _ in range(ITERATIONS):
-        matrix = _by_columns(matrix, _all_column_sums(matrix, N), False, N)
-        matrix = _by_rows(matrix, _all_row_sums(matrix, N), False, N)
+        matrix = _scaled(matrix, _sums(matrix, False, N), False, False, N)
+        matrix = _scaled(matrix, _sums(matrix, True, N), True, False, N)
     for a in tl.static_range(N):
         for b in tl.static_range(N):
             # keep[old, new] is the transpose of H_res[new, old].
@@ -296,10 +269,10 @@ def backward_weights(  # type: ignore[no-untyped-def]
     at = sums + t
     stride = num_tokens.to(tl.int64)
     for step in range(ITERATIONS):
-        totals = _all_column_sums(matrix, N)
-        matrix = _by_columns(matrix, totals, False, N)
-        rows = _all_row_sums(matrix, N)
-        matrix = _by_rows(matrix, rows, False, N)
+        totals = _sums(matrix, False, N)
+        matrix = _scaled(matrix, totals, False, False, N)
+        rows = _sums(matrix, True, N)
+        matrix = _scaled(matrix, rows, True, False, N)
         for a in tl.static_range(N):
             tl.store(at + ((2 * step) * N + a) * stride, totals[a], mask=here)
             tl.store(at + ((2 * step + 1) * N + a) * stride, rows[a], mask=here)
@@ -314,9 +287,9 @@ def backward_weights(  # type: ignore[no-untyped-def]
             rows = rows + (tl.load(at + ((2 * step + 1) * N + a) * stride, mask=here, other=1.0),)
             totals = totals + (tl.load(at + ((2 * step) * N + a) * stride, mask=here, other=1.0),)
         grad = _undone(grad, matrix, rows, True, N)
-        matrix = _by_rows(matrix, rows, True, N)
+        matrix = _scaled(matrix, rows, True, True, N)
         grad = _undone(grad, matrix, totals, False, N)
-        matrix = _by_columns(matrix, totals, True, N)
+        matrix = _scaled(matrix, totals, False, True, N)
     for k in tl.static_range(2 * N, K):
         _, normed, inverse = _logit(statistics, alpha, bias, t, here, wide_eps, k, N, K, IS_DYNAMIC)
         top = logits[(k - 2 * N) % N]
