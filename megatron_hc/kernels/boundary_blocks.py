@@ -15,16 +15,14 @@ from torch import Tensor
 from megatron_hc.kernels.boundary_results import empty_gradients
 from megatron_hc.kernels.coefficients import Form
 from megatron_hc.kernels.norm import promote
+from megatron_hc.kernels.row_blocks import row_blocks
 
 BLOCK_ELEMENTS = 1 << 18  # numbers of H' that a thread has in flight: 1 MiB in fp32, for a core's cache
 
 
 def blocks(streams: Tensor) -> list[slice]:
-    """Runs of tokens of [T, N, D] streams that hold at most ``BLOCK_ELEMENTS`` for each thread; on a GPU one."""
-    tokens, N, D = streams.shape
-    most = BLOCK_ELEMENTS * torch.get_num_threads()
-    size = max(1, most // (N * D) if streams.device.type == "cpu" else tokens)
-    return [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
+    """Runs of tokens of [T, N, D] streams."""
+    return row_blocks(streams, BLOCK_ELEMENTS)
 
 
 def enter(

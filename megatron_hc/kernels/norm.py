@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hc.kernels.choice import replaces_torch
+from megatron_hc.kernels.row_blocks import row_blocks
 
 WIDEST_IN_TRITON = 1 << 13  # a wider row does not fit into the registers of the backward pass
 
@@ -41,6 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, backend: str = "auto"
     """
     if _in_triton(x, backend):
         return _TritonNorm.apply(x, weight, None, False, eps)
+    if x.device.type == "cpu" and x.dim() > 1 and not torch.compiler.is_compiling():
+        return _BlockedRMSNorm.apply(x, weight, eps)
     dtype = promote(x.dtype)
     wide = None if weight is None else cast(weight, dtype)
     return cast(F.rms_norm(cast(x, dtype), (x.shape[-1],), wide, eps), x.dtype)
@@ -83,6 +86,59 @@ def norm_of_sum(x: Tensor, output: Tensor, factor: float, parts: NormParts) -> t
 
 def _in_triton(x: Tensor, backend: str) -> bool:
     return x.shape[-1] <= WIDEST_IN_TRITON and replaces_torch(x, backend)
+
+
+class _BlockedRMSNorm(torch.autograd.Function):
+    """The operations of torch's ``rms_norm`` and of its gradients, in their order and to their bits, block by block.
+
+    On a CPU torch runs a dozen operations one after another over the whole activation, and keeps its wide copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        dtype = promote(x.dtype)
+        wide_weight = None if weight is None else cast(weight, dtype)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        inverse = torch.empty(*x.shape[:-1], 1, dtype=dtype, device=x.device)
+        for rows in row_blocks(x):
+            wide = cast(x[rows], dtype)
+            torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps), out=inverse[rows])
+            part = torch.mul(wide, inverse[rows], out=_room_in(y, rows, dtype))
+            if wide_weight is not None:
+                part.mul_(wide_weight)
+            _put(part, y, rows)
+        ctx.save_for_backward(x, weight, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_y: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        dtype = inverse.dtype
+        wide_weight = None if weight is None else cast(weight, dtype)
+        g_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        terms = None if weight is None else torch.empty(x.shape, dtype=dtype, device=x.device)
+        for rows in row_blocks(x):
+            wide, grad, factor = cast(x[rows], dtype), cast(g_y[rows], dtype), inverse[rows]
+            if terms is not None:
+                torch.mul(grad, wide * factor, out=terms[rows])
+                grad = grad * wide_weight
+            along = (grad * wide).sum(-1, keepdim=True) * (factor.pow(3) * -0.5) / x.shape[-1] * 2
+            part = torch.mul(grad, factor, out=_room_in(g_x, rows, dtype))
+            _put(part.add_(wide * along), g_x, rows)
+        g_weight = None if terms is None else cast(terms.sum(tuple(range(x.dim() - 1))), weight.dtype)
+        return g_x, g_weight, None
+
+
+def _room_in(result: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
+    """Where rows of ``result`` are computed in ``dtype``: there, or elsewhere (None)."""
+    return result[rows] if result.dtype == dtype else None
+
+
+def _put(part: Tensor, result: Tensor, rows: slice) -> None:
+    """Rows that ``_room_in`` had no room for into ``result``."""
+    if part.dtype != result.dtype:
+        result[rows] = part
 
 
 class _TritonNorm(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_hc.kernels.choice import replaces_torch
+from megatron_hc.kernels.row_blocks import CACHED, row_blocks
 
 
 def swiglu_reference(h: Tensor) -> Tensor:
@@ -42,8 +43,7 @@ class _SwiGLU(torch.autograd.Function):
             from megatron_hc.kernels import swiglu_triton
 
             return swiglu_triton.forward(h)
-        gate, up = _gate_and_up(h)
-        return F.silu(gate.contiguous()).mul_(up)
+        return _forward(h.reshape(-1, h.shape[-1])).view(*h.shape[:-1], h.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable
@@ -53,10 +53,26 @@ class _SwiGLU(torch.autograd.Function):
             from megatron_hc.kernels import swiglu_triton
 
             return swiglu_triton.backward(h, grad), None
-        gate, up = _gate_and_up(h)
+        return _backward(h.reshape(-1, h.shape[-1]), grad.reshape(-1, grad.shape[-1])).view(h.shape), None
+
+
+def _forward(h: Tensor) -> Tensor:
+    """h [T, 2 F] -> [T, F]"""
+    result = h.new_empty(h.shape[0], h.shape[1] // 2)
+    for rows in row_blocks(h, 2 * CACHED, multiple=32):
+        (gate, up), part = _gate_and_up(h[rows]), result[rows]
+        part.copy_(gate)
+        F.silu(part, inplace=True).mul_(up)
+    return result
+
+
+def _backward(h: Tensor, grad: Tensor) -> Tensor:
+    """h [T, 2 F], gradient of the result [T, F] -> h's."""
+    g_h = torch.empty_like(h)
+    for rows in row_blocks(h, 2 * CACHED, multiple=32):
+        gate, up = _gate_and_up(h[rows])
+        g_gate, g_up = _gate_and_up(g_h[rows])
         gate = gate.contiguous()
-        g_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-        g_gate, g_up = _gate_and_up(g_h)
-        g_up.copy_(F.silu(gate).mul_(grad))
-        g_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return g_h, None
+        torch.mul(F.silu(gate), grad[rows], out=g_up)
+        g_gate.copy_(torch.ops.aten.silu_backward(grad[rows] * up, gate))
+    return g_h

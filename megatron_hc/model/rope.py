@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.choice import replaces_torch
 from megatron_hc.kernels.norm import promote
+from megatron_hc.kernels.row_blocks import row_blocks
 
 
 class RopeTable(NamedTuple):
@@ -83,8 +84,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, in_triton: bool) 
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """One pass for the exchanged halves, then whole rows in place: short rows are slow on a CPU."""
-    wide, (left, right) = x.to(cos.dtype), sin.chunk(2, dim=-1)
-    first, second = wide.chunk(2, dim=-1)
+    """A pass for the exchanged halves, then whole rows in place: short rows are slow on a CPU."""
+    left, right = sin.chunk(2, dim=-1)
     signed = torch.cat((-left, right) if direction > 0 else (left, -right), dim=-1)
-    return torch.cat((second, first), dim=-1).mul_(signed).add_(wide * cos).to(x.dtype)
+    S, B, heads, H = x.shape
+    result = torch.empty(B, heads, S, H, dtype=x.dtype, device=x.device).permute(2, 0, 1, 3)  # as attention reads it
+    for rows in row_blocks(x):
+        wide = x[rows].to(cos.dtype)
+        first, second = wide.chunk(2, dim=-1)
+        result[rows] = torch.cat((second, first), dim=-1).mul_(signed[rows]).add_(wide * cos[rows])
+    return result

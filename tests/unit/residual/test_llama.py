@@ -54,7 +54,8 @@ def llama(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor, mask:
         qkv = qkv.view(S, -1, G, (per_group + 2) * H)
         q = qkv[..., : per_group * H].reshape(S, -1, G * per_group, H)
         k, v = qkv[..., per_group * H : -H], qkv[..., -H:]
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (turn(q), turn(k), v))
+        # Contiguous: a CPU's products of other strides may take their sums in another order.
+        q, k, v = (t.permute(1, 2, 0, 3).contiguous() for t in (turn(q), turn(k), v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         y = y.permute(2, 0, 1, 3).reshape(S, -1, G * per_group * H)
         x = x + F.linear(y, weights[f"{layer}.attention.linear_proj.weight"])
