@@ -71,7 +71,7 @@ def sublayer_input(x: Tensor) -> Tensor:
 
 
 def hyper_by_einsum(streams: Tensor, output: Tensor, written: Written | None) -> tuple[Tensor, Tensor, Written]:
-    """arXiv 2409.19606, equations 2 to 8, as one writes them; streams [T, N, C], output [T, C] -> H', x, (write, keep)."""
+    """arXiv 2409.19606, equations 2 to 8; streams [T, N, C], output [T, C] -> H', x, write and keep."""
     if written is not None:
         write, keep = written
         streams = torch.einsum("tij,tic->tjc", keep, streams) + torch.einsum("tj,tc->tjc", write, output)
