@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc.kernels import boundary_blocks, boundary_cpp
-from megatron_hc.kernels.boundary_results import empty_gradients, empty_results
+from megatron_hc.kernels.boundary_results import Seven, Written, empty_gradients, empty_results
 from megatron_hc.kernels.coefficients import Form, Weights, coefficient_gradients, coefficients, wants_triton
 from megatron_hc.kernels.norm import promote
 
@@ -308,7 +308,25 @@ def boundary(
     norm_bias: Tensor | None,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """H [T, N, D], Y [T, R, D], write [T, R, N], keep [T, N, N] -> H' [T, N, D], x [T, C], write', keep'.
+    """``boundary_and_statistics`` without what only its backward pass needs: H', x, write', keep'."""
+    return boundary_and_statistics(
+        form, streams, output, write, keep, projection, norm_weight, norm_bias, parameters
+    )[:4]
+
+
+def boundary_and_statistics(
+    form: Form,
+    streams: Tensor,
+    output: Tensor | None,
+    write: Tensor | None,
+    keep: Tensor | None,
+    projection: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    parameters: Sequence[Tensor],
+) -> Seven:
+    """H [T, N, D], Y [T, R, D], write [T, R, N], keep [T, N, N] -> H' [T, N, D], x [T, C], write', keep', and without
+    gradients read' [T, N, R], the statistics and those of the norm (``empty_results``).
 
     Y, write and keep are None where nothing is pending (the first boundary of a model or a pipeline stage): H' is then
     a copy of H. ``projection``: W [K, D], joint [K, N D], in at least fp32 and with the norm's weight taken up; None:
@@ -318,7 +336,44 @@ def boundary(
     """
     return torch.ops.megatron_hc.boundary(
         *(streams, output, write, keep, projection, norm_weight, norm_bias, list(parameters)), *form
-    )[:4]
+    )
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, new: Tensor, write: Tensor, keep: Tensor, *kept: Tensor | None) -> Any:
+        ctx.save_for_backward(*kept)
+        ctx.mark_non_differentiable(x)
+        return new.view_as(new), x.view_as(x), write.view_as(write), keep.view_as(keep)
+
+
+def known(
+    form: Form,
+    streams: Tensor,
+    output: Tensor | None,
+    write: Tensor | None,
+    keep: Tensor | None,
+    projection: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    parameters: Sequence[Tensor],
+    *results: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``boundary_and_statistics`` whose results are known, but for x: H', write', keep', read' and both statistics.
+
+    Nothing is computed, and x holds nothing. Autograd is given to keep what it keeps there, in the same order.
+    """
+    new, next_write, next_keep, read, statistics, norm_statistics = results
+    x = new.new_empty(1).expand(new.shape[0], form.num_reads * new.shape[2])
+    kept = (streams, output, write, keep, projection, norm_weight, new, read, statistics, norm_statistics)
+    return _Known.apply(x, new, next_write, next_keep, *kept, *parameters)
+
+
+def folds(form: Form, streams: Tensor, written: Sequence[Written]) -> list[Tensor]:
+    """H, (Y, write, keep) of boundary after boundary -> each one's H', the bits of ``boundary``; no gradients."""
+    return implementation(form, streams).folds(streams, written)
+
+
 
 
 def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:

@@ -8,11 +8,13 @@ dtype of sums and of everything small: at least fp32. Results are rounded to the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hc.kernels.boundary_results import empty_gradients
+from megatron_hc.kernels.boundary_results import Written, empty_gradients
 from megatron_hc.kernels.coefficients import Form
 from megatron_hc.kernels.norm import promote
 from megatron_hc.kernels.row_blocks import row_blocks
@@ -221,6 +223,17 @@ def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> Tensor
     for part in blocks(streams):
         _fold_into(new[part], streams[part], output[part], write[part], keep[part])
     return new
+
+
+def folds(streams: Tensor, written: Sequence[Written]) -> list[Tensor]:
+    """``fold`` again and again, all of a block of tokens before the next one: H, (Y, write, keep) ... -> every H'."""
+    found = [torch.empty(streams.shape, dtype=streams.dtype, device=streams.device) for _ in written]
+    for part in blocks(streams):
+        rows = streams[part]
+        for new, (output, write, keep) in zip(found, written, strict=True):
+            _fold_into(new[part], rows, output[part], write[part], keep[part])
+            rows = new[part]
+    return found
 
 
 def fold_backward(

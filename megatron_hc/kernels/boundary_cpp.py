@@ -13,13 +13,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_hc.kernels.boundary_results import NORMS
+from megatron_hc.kernels.boundary_results import NORMS, Written
 from megatron_hc.kernels.coefficients import Form
 
 SOURCE = Path(__file__).with_name("boundary.cpp")
@@ -95,6 +96,13 @@ def enter_backward(form: Form, *tensors: Tensor | None) -> tuple[Tensor, Tensor,
 
 def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> Tensor:
     return operations().fold(streams, output, write, keep)
+
+
+def folds(streams: Tensor, written: Sequence[Written]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for one in written:
+        found.append(fold(found[-1] if found else streams, *one))
+    return found
 
 
 def fold_backward(

@@ -12,6 +12,8 @@ from megatron_hc.kernels.norm import promote
 NORMS = {"": 0, "RMSNorm": 1, "LayerNorm": 2}
 """How kernels know ``Form.norm``."""
 
+Written = tuple[Tensor, Tensor, Tensor]
+"""Y [T, R, D], write [T, R, N] and keep [T, N, N]: what one more H' is folded with."""
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

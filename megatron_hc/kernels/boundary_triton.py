@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_hc.kernels import boundary_triton_kernels as kernels
 from megatron_hc.kernels.boundary_results import NORMS, empty_gradients, empty_results, pointer, unexpanded
+from megatron_hc.kernels.boundary_triton_folds import folds as folds  # one of this module's operations
 from megatron_hc.kernels.coefficients import Form
 from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, multiprocessors, sum_of_rows, take
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from megatron_hc.kernels.coefficients import Form
 from megatron_hc.model.attention import Context
 from megatron_hc.model.gpt import LayerRunner, run_layers
 from megatron_hc.model.layer import TransformerLayer
-from megatron_hc.parallel.recompute_reads import Read, Sublayers, Write, leaf
+from megatron_hc.parallel.recompute_reads import Read, RunBoundary, Sublayers, Write, leaf
 from megatron_hc.residual import Carry, Norm, Reads
 
 Recomputed = Callable[[Callable[..., Any], Iterable[nn.Module]], Callable[..., Any]]
@@ -91,6 +92,9 @@ class _Block:
         kept = output.detach(), None if value is None else value.detach()
         self.steps.append(lambda carry: write(carry, *kept))
         return write(carry, output, value)
+
+    def boundary(self, run: RunBoundary, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
+        return run(form, *tensors)
 
     def start_group(self, carry: Carry) -> int:
         start = len(self.steps)

@@ -5,6 +5,9 @@ carry at the block's entrance and the outputs of its sublayers (arXiv 2512.24880
 boundaries, n streams of width C and blocks of L_r boundaries, n C L / L_r numbers per token are kept, and (n + 2) C L_r
 of one block while it is in the backward pass: sqrt(n L / (n + 2)) boundaries are best).
 
+Of fused boundaries (``kernels/boundary.py``) the few numbers per token that their weights are made of are kept, so that
+nothing is summed again: a block's streams are folded one from the other, in Triton by one kernel.
+
 ``recompute_groups.py`` does the same beside full recompute.
 """
 
@@ -13,20 +16,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
+from megatron_hc.kernels.boundary import folds, known
+from megatron_hc.kernels.boundary_results import Written
+from megatron_hc.kernels.coefficients import Form
 from megatron_hc.model.attention import Context
 from megatron_hc.model.gpt import GPT, LayerRunner
 from megatron_hc.model.layer import TransformerLayer
-from megatron_hc.residual import Carry, Norm, Reads, Residual
+from megatron_hc.residual import Carry, LinearMix, Norm, Reads, Residual
 
 Read = Callable[[Carry, Norm], tuple[Tensor | Reads, Carry]]
 Write = Callable[..., Carry]
+RunBoundary = Callable[..., tuple[Tensor, ...]]
+"""``LinearMix.run_boundary``."""
 
 
 class Recorder(Protocol):
@@ -35,6 +43,8 @@ class Recorder(Protocol):
     def read(self, read: Read, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]: ...
 
     def write(self, write: Write, carry: Carry, output: Tensor, value: Tensor | None) -> Carry: ...
+
+    def boundary(self, run: RunBoundary, form: Form, *tensors: Any) -> tuple[Tensor, ...]: ...
 
 
 class Sublayers:
@@ -46,14 +56,16 @@ class Sublayers:
             if isinstance(module, Residual) and module.site.is_sublayer:
                 module.read = self._reader(module.read)  # type: ignore[assignment,method-assign]
                 module.write = self._writer(module.write)  # type: ignore[method-assign]
+                if isinstance(module, LinearMix):
+                    module.run_boundary = self._runner(module.run_boundary)  # type: ignore[method-assign]
 
     @contextmanager
     def recorded_by(self, recorder: Recorder) -> Iterator[None]:
-        self.recorder = recorder
+        before, self.recorder = self.recorder, recorder
         try:
             yield
         finally:
-            self.recorder = None
+            self.recorder = before
 
     def _reader(self, read: Read) -> Read:
         def recorded(carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
@@ -71,6 +83,14 @@ class Sublayers:
 
         return recorded
 
+    def _runner(self, run: RunBoundary) -> RunBoundary:
+        def recorded(form: Form, *tensors: Any) -> tuple[Tensor, ...]:
+            if self.recorder is None or not torch.is_grad_enabled():
+                return run(form, *tensors)
+            return self.recorder.boundary(run, form, *tensors)
+
+        return recorded
+
 
 class ReadBlocks:
     """A ``LayerRunner`` in blocks of ``interval`` residual reads that are recomputed together; None: the best number.
@@ -85,7 +105,7 @@ class ReadBlocks:
     def __call__(self, layers: Iterable[TransformerLayer], carry: Carry, context: Context) -> Carry:
         layers = list(layers)
         interval = self.interval or best_interval(2 * len(layers), self.num_streams)
-        with self.sublayers.recorded_by(_Blocks(interval)):
+        with self.sublayers.recorded_by(_Blocks(self.sublayers, interval)):
             return self.run(layers, carry, context)
 
 
@@ -97,23 +117,83 @@ def best_interval(num_boundaries: int, num_streams: int) -> int:
 class _Blocks:
     """The blocks of one forward pass, one after the other."""
 
-    def __init__(self, interval: int) -> None:
-        self.interval, self.num_reads, self.block = interval, 0, _Block()
+    def __init__(self, sublayers: Sublayers, interval: int) -> None:
+        self.sublayers, self.interval, self.num_reads, self.block = sublayers, interval, 0, _Block(sublayers)
 
     def read(self, read: Read, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
         if self.num_reads % self.interval == 0:
-            self.block = _Block()
+            self.block = _Block(self.sublayers)
         self.num_reads += 1
         return self.block.read(read, carry, norm)
 
     def write(self, write: Write, carry: Carry, output: Tensor, value: Tensor | None) -> Carry:
         return self.block.write(write, carry, output, value)
 
+    def boundary(self, run: RunBoundary, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
+        return self.block.chain.run(run, form, *tensors)
+
+
+class _Chain:
+    """The fused boundaries of a block, each of which reads the streams that the one before made; detached tensors."""
+
+    def __init__(self) -> None:
+        self.form: Form | None = None
+        self.streams: list[Tensor] = []
+        """Of the first boundary, before it; [] as long as there is none."""
+        self.written: list[Written | None] = []
+        self.found: list[tuple[Tensor, ...]] = []
+        """write', keep', read', statistics: what a boundary finds but for H' and x."""
+        self.last_new = 0
+        self.is_unbroken = True
+
+    def run(self, run: RunBoundary, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
+        streams, output, write, keep = tensors[:4]
+        results = run(form, *tensors)
+        if not self.found:
+            self.form, self.streams = form, [streams.detach()]
+        elif streams.data_ptr() != self.last_new:
+            self.is_unbroken = False
+        if not form.norm:  # a norm of another package comes after it, and keeps x
+            self.is_unbroken = False
+        self.written.append(None if output is None else (output.detach(), write.detach(), keep.detach()))
+        self.found.append(tuple(tensor.detach() for tensor in results[2:]))
+        self.last_new = results[0].data_ptr()
+        return results
+
+    def replayed(self) -> Iterator[tuple[Tensor, ...]]:
+        """H', write', keep', read' and statistics, boundary by boundary; nothing where they must be run again."""
+        if not self.found or not self.is_unbroken:
+            return
+        assert self.form is not None
+        first, *rest = self.written
+        news = [self.streams[0].contiguous()] if first is None else folds(self.form, self.streams[0], [first])
+        news += folds(self.form, news[0], [one for one in rest if one is not None])
+        for new, found in zip(news, self.found, strict=True):
+            yield (new, *found)
+
+
+class _Replay:
+    """Runs the boundaries of a block again, from what is known of them as far as it is."""
+
+    def __init__(self, chain: _Chain) -> None:
+        self.known = chain.replayed()
+
+    def boundary(self, run: RunBoundary, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
+        results = next(self.known, None)
+        return run(form, *tensors) if results is None else known(form, *tensors, *results)
+
+    def read(self, read: Read, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
+        return read(carry, norm)
+
+    def write(self, write: Write, carry: Carry, output: Tensor, value: Tensor | None) -> Carry:
+        return write(carry, output, value)
+
 
 class _Block:
     """The reads of a few layers in one forward pass. Holds no tensor of the autograd graph, only detached ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, sublayers: Sublayers) -> None:
+        self.sublayers, self.chain = sublayers, _Chain()
         self.entrance: Carry | None = None
         self.steps: list[Callable[[Carry], Carry]] = []
         self.num_saved = 0
@@ -146,7 +226,8 @@ class _Block:
         assert self.entrance is not None
         carry, found = self.entrance, self.recomputed
         found.clear()
-        with torch.enable_grad(), saved_tensors_hooks(lambda t: found.setdefault(len(found), t.detach()), _unused):
+        keep = saved_tensors_hooks(lambda tensor: found.setdefault(len(found), tensor.detach()), _unused)
+        with torch.enable_grad(), keep, self.sublayers.recorded_by(_Replay(self.chain)):
             for step in self.steps:
                 carry = step(carry)
         assert len(found) == self.num_saved, f"{len(found)} tensors saved again, not {self.num_saved}"

@@ -304,8 +304,8 @@ class LinearMix(Residual):
             weight, bias = of_norm.weight.to(wide), None if of_norm.bias is None else of_norm.bias.to(wide)
             form = form._replace(norm=of_norm.kind, norm_eps=of_norm.eps)
         form = form._replace(backend=self.site.config.fused_residual_backend)
-        run = boundary_listed.boundary if is_listed(carry.stream) else fused_kernel.boundary
-        stream, x, write, keep = run(
+        run = boundary_listed.boundary if is_listed(carry.stream) else self.run_boundary
+        stream, x, write, keep, *_ = run(
             form, carry.stream.flatten(0, 1), *written, fused.projection, weight, bias, fused.parameters
         )
         # The read is done: of the weights only those of the write go on.
@@ -313,6 +313,10 @@ class LinearMix(Residual):
         carry = carry.replace(stream=stream.unflatten(0, tokens), pending=None, mix=mix)
         x = x.unflatten(0, tokens)
         return x if norm.module is None or of_norm is not None else norm.module(x), carry
+
+    def run_boundary(self, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
+        """The fused operation, with its arguments and results. Recompute of reads puts another in its place."""
+        return fused_kernel.boundary_and_statistics(form, *tensors)
 
     def fused_read(self, carry: Carry) -> FusedMix | None:
         """What the fused boundary does here, if it does; after the last layer only where kernels are Triton's.

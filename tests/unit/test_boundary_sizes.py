@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_hc.kernels import boundary_cpp
-from megatron_hc.kernels.boundary import boundary, check_backend, fold
+from megatron_hc.kernels.boundary import boundary, check_backend, fold, folds
 from megatron_hc.kernels.coefficients import Form, coefficients
 from megatron_hc.kernels.norm import norm
 
@@ -227,6 +227,28 @@ def test_fold_is_the_boundary_s_own(backend: str, dtype: torch.dtype) -> None:
     parameters = [p.to(wide) for p in inputs[7]]
     new, *_ = boundary(form._replace(backend=backend), streams, output, write, keep, *rest, parameters)
     assert torch.equal(new, fold(streams, output, write, keep, backend))
+
+
+def check_folds(backend: str, kind: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Streams of three boundaries in a chain, again from the weights of their writes."""
+    form, inputs, _ = problem(kind, 3, 48, 7)
+    form = form._replace(backend=backend)
+    inputs = [t if t is None else t.to(device) for t in inputs[:7]] + [[p.float().to(device) for p in inputs[7]]]
+    first, output, write, keep = (t.to(of) for t, of in zip(inputs, (dtype, dtype, *[torch.float32] * 2), strict=False))
+    rest = [t if t is None else t.float() for t in inputs[4:7]]
+    written = [(output.roll(k, 0), write.roll(k, 0), keep.roll(k, 0)) for k in range(3)]
+    streams, expected = first, []
+    for one in written:
+        streams = boundary(form, streams, *one, *rest, inputs[7])[0]
+        expected.append(streams)
+    found = folds(form, first, written)
+    assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["hyper", "frac", "mhc"])
+def test_folds_are_the_boundaries_own(backend: str, kind: str, dtype: torch.dtype) -> None:
+    check_folds(backend, kind, dtype)
 
 
 def test_threads_change_no_bit(backend: str) -> None:

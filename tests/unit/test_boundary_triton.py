@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import build, gradients, random_tokens, randomise, small_config
 from test_boundary import counted, distance
-from test_boundary_sizes import BOUND, check
+from test_boundary_sizes import BOUND, check, check_folds
 
 from megatron_hc.kernels import boundary
 from megatron_hc.kernels.coefficients import Form
@@ -66,6 +66,12 @@ def test_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> N
     # The interpreter cuts off where hardware rounds to bf16.
     cuts = dtype == torch.bfloat16 and IS_INTERPRETED
     check("triton", kind, dtype, n, d, tokens, has_output, DEVICE, cuts)
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["hyper", "frac", "mhc"])
+def test_many_boundaries_streams_in_one_kernel(kind: str) -> None:
+    check_folds("triton", kind, torch.bfloat16, DEVICE)
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ from typing import Literal
 import pytest
 import torch
 from helpers import assert_same_bits, build, gradients, loss_of, random_tokens, randomise, small_config
+from test_boundary import counted
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_hc.config import MoEConfig, ParallelConfig, TrainConfig
 from megatron_hc.model.gpt import GPT
+from megatron_hc.model.linear import NormLayer
 from megatron_hc.residual import RESIDUALS, VALUE_RESIDUALS, Carry, Residual
 
 
@@ -81,6 +83,40 @@ def test_the_fused_boundary_and_dropout_under_full_recompute(precision: str) -> 
         model = randomise(build(config, precision, parallel=parallel))
         torch.manual_seed(7)
         found.append(gradients(model, random_tokens())[1])
+    assert_same_bits(*found)
+
+
+FUSED = ["hyper", "frac", "mhc", "kromhc", "virtual-width"]
+
+
+@pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", FUSED)
+def test_a_fused_boundary_is_not_run_again(method: str, precision: str, norm: str) -> None:
+    """Its weights are known: the streams are folded, to the same bits."""
+    config = small_config({"residual_connection": method}, num_layers=4, normalization=norm)
+    tokens = random_tokens()
+    expected = gradients(randomise(build(config, precision)), tokens)
+    for interval in (1, 3, None, 8):
+        model = randomise(build(config, precision, parallel=blocks(interval)))
+        with counted() as names:
+            loss, found = gradients(model, tokens)
+        assert names.count("boundary") == names.count("boundary_backward") == 8
+        assert loss.equal(expected[0])
+        assert_same_bits(found, expected[1])
+
+
+def test_a_norm_outside_of_the_boundary_runs_it_again() -> None:
+    """An RMSNorm with a bias keeps what the boundary has read."""
+    config = small_config({"residual_connection": "hyper"}, num_layers=4)
+    tokens, found = random_tokens(), []
+    for parallel in (None, blocks(3)):
+        model = build(config, "fp32", parallel=parallel)
+        for norm in (module for module in model.modules() if isinstance(module, NormLayer)):
+            norm.bias = torch.nn.Parameter(torch.ones_like(norm.weight))
+        with counted() as names:
+            found.append(gradients(randomise(model), tokens)[1])
+    assert names.count("boundary") == 16
     assert_same_bits(*found)
 
 
