@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_hc.config import TrainConfig
 from megatron_hc.kernels.norm import WIDEST_IN_TRITON
 from megatron_hc.mesh import Mesh, mesh_of
-from megatron_hc.model.attention import CoreAttention
+from megatron_hc.model.attention import CoreAttention, heads_apart
 from megatron_hc.model.experts import ExpertMatrix, Experts, Rows
 from megatron_hc.model.linear import NormLayer
 from megatron_hc.model.router import Router
@@ -80,7 +80,7 @@ class PaperRank:
         """What looks at numbers, or is another kernel on each device, gets a form that has sizes only."""
         for module in self.model.modules():
             if isinstance(module, CoreAttention):
-                become(module, PaperAttention)
+                become(module, PaperAttention, is_cpu=device == "cpu")
             elif type(module) is NormLayer and device != "cpu":
                 become(module, PaperNorm)
             elif isinstance(module, Router):
@@ -113,6 +113,11 @@ class _FlashAttention(torch.autograd.Function):
 
 class PaperAttention(CoreAttention):
     """Flash attention by its sizes; with --attention-softmax-in-fp32 the explicit form as it is."""
+
+    is_cpu: bool
+
+    def arranged(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(heads_apart(x) for x in tensors) if self.is_cpu else tensors
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if self.softmax_in_fp32:

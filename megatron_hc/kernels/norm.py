@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, backend: str = "auto"
     """
     if _in_triton(x, backend):
         return _TritonNorm.apply(x, weight, None, False, eps)
-    if x.device.type == "cpu" and x.dim() > 1 and not torch.compiler.is_compiling():
+    if x.device.type != "cuda" and x.dim() > 1 and not torch.compiler.is_compiling():
         return _BlockedRMSNorm.apply(x, weight, eps)
     dtype = promote(x.dtype)
     wide = None if weight is None else cast(weight, dtype)

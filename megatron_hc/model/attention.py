@@ -53,6 +53,13 @@ class CoreAttention(nn.Module):
         self.softmax_in_fp32 = config.attention_softmax_in_fp32
         self.backend = config.attention_backend
 
+    def arranged(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """[S, B, heads, H] each, as the device reads it fastest: on a CPU the rows of a head side by side in memory.
+
+        It also lets go of the merged product, which a view of it would keep for the backward pass.
+        """
+        return tuple(heads_apart(x) for x in tensors) if tensors[0].device.type == "cpu" else tensors
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [S, B, Q, H], k and v [T, B, G, H] -> [S, B, Q * H]."""
         heads_first = (1, 2, 0, 3)
@@ -76,6 +83,11 @@ class CoreAttention(nn.Module):
                     enable_gqa=q.shape[1] != k.shape[1],
                 ).reshape(q.shape[0], heads, -1, q.shape[3])
         return y.permute(2, 0, 1, 3).flatten(2)
+
+
+def heads_apart(x: Tensor) -> Tensor:
+    """[S, B, heads, H], in memory [B, heads, S, H]."""
+    return x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
 
 
 KERNELS = {
@@ -102,14 +114,6 @@ def chosen_kernels(backend: str, device: torch.device) -> AbstractContextManager
 @torch.compiler.assume_constant_result  # a compiler would end its graph at the question
 def is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def heads_apart(x: Tensor) -> Tensor:
-    """x [S, B, heads, H], the rows of each head side by side in memory: what attention on a CPU reads fastest.
-
-    It also lets go of the merged product that a view of x would keep for the backward pass.
-    """
-    return x.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
 
 
 def _explicit_attention(
@@ -169,8 +173,8 @@ class Attention(nn.Module):
         if context.cache is not None:
             assert context.span is not None
             k, v = context.cache.append(context.span, k, v)
-        elif v.device.type == "cpu":
-            q, k, v = heads_apart(q), heads_apart(k), heads_apart(v)
+        else:
+            q, k, v = self.core.arranged(q, k, v)
         y = self.value_residual.correct(self.core(q, k, v, context.mask), own, first_values)
         y = self.output_norm(self.linear_proj(self.head_scale(y)))
         return self.dropout(y), self.value_residual.recorded(own)

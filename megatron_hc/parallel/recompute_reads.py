@@ -150,13 +150,13 @@ class _Chain:
         streams, output, write, keep = tensors[:4]
         results = run(form, *tensors)
         if not self.found:
-            self.form, self.streams = form, [streams.detach()]
+            self.form, self.streams = form, [leaf(streams)]
         elif streams.data_ptr() != self.last_new:
             self.is_unbroken = False
         if not form.norm:  # a norm of another package comes after it, and keeps x
             self.is_unbroken = False
-        self.written.append(None if output is None else (output.detach(), write.detach(), keep.detach()))
-        self.found.append(tuple(tensor.detach() for tensor in results[2:]))
+        self.written.append(None if output is None else (leaf(output), leaf(write), leaf(keep)))
+        self.found.append(tuple(leaf(tensor) for tensor in results[2:]))
         self.last_new = results[0].data_ptr()
         return results
 
@@ -166,8 +166,9 @@ class _Chain:
             return
         assert self.form is not None
         first, *rest = self.written
-        news = [self.streams[0].contiguous()] if first is None else folds(self.form, self.streams[0], [first])
-        news += folds(self.form, news[0], [one for one in rest if one is not None])
+        with torch.no_grad():
+            news = [self.streams[0].contiguous()] if first is None else folds(self.form, self.streams[0], [first])
+            news += folds(self.form, news[0], [one for one in rest if one is not None])
         for new, found in zip(news, self.found, strict=True):
             yield (new, *found)
 
