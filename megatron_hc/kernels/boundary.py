@@ -229,12 +229,13 @@ torch.library.register_autograd("megatron_hc::boundary", _backward, setup_contex
 
 
 @torch.library.custom_op("megatron_hc::fold", mutates_args=())
-def _fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str) -> Tensor:
-    return _backend(backend).fold(streams, output, write, keep)
+def _fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str, kind: str) -> Tensor:
+    form = Form(kind, streams.shape[1], output.shape[1], False, False, 0.0, backend=backend)
+    return folds(form, streams, [(output, write, keep)])[0]
 
 
 @_fold.register_fake
-def _(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str) -> Tensor:
+def _(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str, kind: str) -> Tensor:
     return streams.new_empty(streams.shape)
 
 
@@ -253,12 +254,12 @@ def _(
 
 
 def _save_fold(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward_of_fold(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (*torch.ops.megatron_hc.fold_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+    return (*torch.ops.megatron_hc.fold_backward(grad, *ctx.saved_tensors, ctx.backend), None, None)
 
 
 torch.library.register_autograd("megatron_hc::fold", _backward_of_fold, setup_context=_save_fold)
@@ -376,6 +377,8 @@ def folds(form: Form, streams: Tensor, written: Sequence[Written]) -> list[Tenso
 
 
 
-def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str = "auto") -> Tensor:
-    """H' = keep^T H + write^T Y as ``boundary`` computes it, bit for bit with its gradients."""
-    return torch.ops.megatron_hc.fold(streams, output, write, keep, backend)
+def fold(
+    streams: Tensor, output: Tensor, write: Tensor, keep: Tensor, backend: str = "auto", kind: str = "tanh"
+) -> Tensor:
+    """H' = keep^T H + write^T Y, the bits of a ``boundary`` of this ``Form.kind``; gradients are torch's or C++'s."""
+    return torch.ops.megatron_hc.fold(streams, output, write, keep, backend, kind)

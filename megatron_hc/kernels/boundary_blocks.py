@@ -216,17 +216,8 @@ def _fold_gradient(
             result.copy_(torch.bmm(left, right))
 
 
-def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> Tensor:
-    """H' = keep^T H + write^T Y, with ``enter``'s arithmetic."""
-    T, N, D = streams.shape
-    new = torch.empty(T, N, D, dtype=streams.dtype, device=streams.device)
-    for part in blocks(streams):
-        _fold_into(new[part], streams[part], output[part], write[part], keep[part])
-    return new
-
-
 def folds(streams: Tensor, written: Sequence[Written]) -> list[Tensor]:
-    """``fold`` again and again, all of a block of tokens before the next one: H, (Y, write, keep) ... -> every H'."""
+    """H, then (Y, write, keep) of every write -> every H' with ``enter``'s arithmetic, a block of tokens at a time."""
     found = [torch.empty(streams.shape, dtype=streams.dtype, device=streams.device) for _ in written]
     for part in blocks(streams):
         rows = streams[part]

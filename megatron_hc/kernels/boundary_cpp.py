@@ -94,14 +94,10 @@ def enter_backward(form: Form, *tensors: Tensor | None) -> tuple[Tensor, Tensor,
     return operations().enter_backward(*tensors, form.is_centred)
 
 
-def fold(streams: Tensor, output: Tensor, write: Tensor, keep: Tensor) -> Tensor:
-    return operations().fold(streams, output, write, keep)
-
-
 def folds(streams: Tensor, written: Sequence[Written]) -> list[Tensor]:
     found: list[Tensor] = []
     for one in written:
-        found.append(fold(found[-1] if found else streams, *one))
+        found.append(operations().fold(found[-1] if found else streams, *one))
     return found
 
 

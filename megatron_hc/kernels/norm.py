@@ -120,7 +120,7 @@ class _BlockedRMSNorm(torch.autograd.Function):
         terms = None if weight is None else torch.empty(x.shape, dtype=dtype, device=x.device)
         for rows in row_blocks(x):
             wide, grad, factor = cast(x[rows], dtype), cast(g_y[rows], dtype), inverse[rows]
-            if terms is not None:
+            if terms is not None and wide_weight is not None:
                 torch.mul(grad, wide * factor, out=terms[rows])
                 grad = grad * wide_weight
             along = (grad * wide).sum(-1, keepdim=True) * (factor.pow(3) * -0.5) / x.shape[-1] * 2

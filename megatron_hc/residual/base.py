@@ -241,6 +241,9 @@ class LinearMix(Residual):
     A member writes ``weights`` and the initial values; with N streams of width C ``open`` copies the embedding.
     """
 
+    kind = "tanh"
+    """``Form.kind`` of its boundaries."""
+
     def weights(self, stream: Tensor) -> Mix:
         raise NotImplementedError
 
@@ -274,7 +277,7 @@ class LinearMix(Residual):
         if is_listed(stream):
             return boundary_listed.fold(*flat).unflatten(0, tokens)
         backend = self.site.config.fused_residual_backend
-        return fused_kernel.fold(*flat, backend).unflatten(0, tokens)
+        return fused_kernel.fold(*flat, backend, self.kind).unflatten(0, tokens)
 
     def mixed(self, carry: Carry) -> tuple[Tensor | Reads, Carry]:
         if self.site.is_final:

@@ -78,7 +78,7 @@ class _StaticDynamicMix(LinearMix):
     def form(self) -> Form:
         config = self.site.config
         is_centred = config.normalization == "LayerNorm"
-        return Form("tanh", self.num_streams(), self.num_reads, False, is_centred, config.norm_epsilon)
+        return Form(self.kind, self.num_streams(), self.num_reads, False, is_centred, config.norm_epsilon)
 
     def fused(self) -> FusedMix:
         dtype = promote(self.static_read.dtype)

@@ -40,6 +40,8 @@ class VirtualWidth(LinearMix):
     activations per sublayer.
     """
 
+    kind = "virtual"
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         config = site.config.residual
@@ -109,7 +111,7 @@ class VirtualWidth(LinearMix):
 
     def form(self) -> Form:
         is_centred = self.site.config.normalization == "LayerNorm"
-        return Form("virtual", self.num_streams(), self.num_fractions, False, is_centred, self.eps)
+        return Form(self.kind, self.num_streams(), self.num_fractions, False, is_centred, self.eps)
 
     def fused(self) -> FusedMix:
         dtype, projection = promote(self.static_read.dtype), None

@@ -151,7 +151,7 @@ def test_registered_as_torch_expects(form: dict, has_output: bool) -> None:
     tensors = (leaf(5, N, D), *written, fused.projection, leaf(R * D), None, list(fused.parameters))
     torch.library.opcheck(torch.ops.megatron_hc.boundary.default, (*tensors, *form_of))
     if has_output:
-        torch.library.opcheck(torch.ops.megatron_hc.fold.default, (tensors[0], *written, "auto"))
+        torch.library.opcheck(torch.ops.megatron_hc.fold.default, (tensors[0], *written, "auto", form_of.kind))
 
 
 def test_a_pipeline_stage_changes_no_bit() -> None:

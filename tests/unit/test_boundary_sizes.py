@@ -226,7 +226,7 @@ def test_fold_is_the_boundary_s_own(backend: str, dtype: torch.dtype) -> None:
     rest = [t if t is None else t.to(wide) for t in inputs[4:7]]
     parameters = [p.to(wide) for p in inputs[7]]
     new, *_ = boundary(form._replace(backend=backend), streams, output, write, keep, *rest, parameters)
-    assert torch.equal(new, fold(streams, output, write, keep, backend))
+    assert torch.equal(new, fold(streams, output, write, keep, backend, "tanh"))
 
 
 def check_folds(backend: str, kind: str, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -243,6 +243,7 @@ def check_folds(backend: str, kind: str, dtype: torch.dtype, device: str = "cpu"
         expected.append(streams)
     found = folds(form, first, written)
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(fold(first, *written[0], backend, form.kind), expected[0])
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "bf16"])
