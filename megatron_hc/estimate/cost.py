@@ -17,6 +17,7 @@ from megatron_hc.estimate.hardware import Hardware
 from megatron_hc.estimate.paper import PaperRank
 from megatron_hc.estimate.trace import Pass, StageTrace
 from megatron_hc.parallel.stages import boundary_of
+from megatron_hc.residual import LinearMix
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Roofline:
             residual = self._residual_bytes(stage)[share] / memory
             elementwise = self._elementwise_bytes(rank, stage) * (1 + share) / memory
             if share == 1:
-                residual += self._residual_repeats() * self._residual_bytes(stage)[0] / memory
+                residual += self._residual_repeats(rank) * self._residual_bytes(stage)[0] / memory
             if share == 1 and self.config.parallel.recompute_granularity == "full":
                 elementwise += self._elementwise_bytes(rank, stage) / memory
         return PassSeconds(
@@ -64,9 +65,15 @@ class Roofline:
             expert=self.sent_seconds(part.sent, ("experts", "etp", "stage"), rank),
         )
 
-    def _residual_repeats(self) -> int:
-        """How often the reads of a forward pass are done again: as parts of a layer, and to replay streams."""
-        return (self.config.parallel.recompute_granularity == "full") + self.config.parallel.recomputes_residual
+    def _residual_repeats(self, rank: PaperRank) -> float:
+        """How often the reads of a forward pass are done again: as parts of a layer, and to replay streams.
+
+        A replay of fused boundaries beside no layer folds streams alone, reads C numbers each and writes n C: half.
+        """
+        parallel = self.config.parallel
+        if parallel.recompute_granularity == "full":
+            return 1 + parallel.recomputes_residual
+        return parallel.recomputes_residual * (0.5 if _has_fused_boundaries(rank) else 1)
 
     def _tokens(self) -> float:
         """Of a micro-batch, those on one rank outside of the tensor-parallel regions."""
@@ -136,6 +143,12 @@ class Roofline:
         """Read and write master weights and moments, read gradients, write weights."""
         memory = self.hardware.memory_tb_s * 1e12 * self.hardware.memory_efficiency
         return (2 * optimizer_bytes + optimizer_bytes / 3 + weights) / memory
+
+
+def _has_fused_boundaries(rank: PaperRank) -> bool:
+    """In bf16 and fp32, which all estimates are about."""
+    found = (m for m in rank.model.modules() if isinstance(m, LinearMix) and m.site.is_sublayer)
+    return any(module.site.config.fused_residual and module.fused() is not None for module in found)
 
 
 def passes_of(trace: StageTrace, schedule_has_weights: bool) -> dict[str, Pass]:

@@ -87,8 +87,10 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """A pass for the exchanged halves, then whole rows in place: short rows are slow on a CPU."""
     left, right = sin.chunk(2, dim=-1)
     signed = torch.cat((-left, right) if direction > 0 else (left, -right), dim=-1)
-    S, B, heads, H = x.shape
-    result = torch.empty(B, heads, S, H, dtype=x.dtype, device=x.device).permute(2, 0, 1, 3)  # as attention reads it
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.device.type == "cpu":  # as attention reads it there
+        S, B, heads, H = x.shape
+        result = result.view(B, heads, S, H).permute(2, 0, 1, 3)
     for rows in row_blocks(x):
         wide = x[rows].to(cos.dtype)
         first, second = wide.chunk(2, dim=-1)
