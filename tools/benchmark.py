@@ -48,12 +48,14 @@ def curves(shape: argparse.Namespace, dtype: torch.dtype, report: Report) -> Non
     done = kernel_sizes(shape) if "kernels" in shape.parts else []
     for n, d in dict.fromkeys((*widths, *counts)):
         for method in KERNELS:
-            if d <= 2 * shape.hidden and (method, n, d) not in done and (method != "mhc" or n > 1):
+            is_possible = n > 1 or method not in ("mhc", "virtual-width")
+            if is_possible and d <= 2 * shape.hidden and (method, n, d) not in done:
                 measure_kernel("curves", method, n, d, shape, dtype, report)
 
 
 def kernel_sizes(shape: argparse.Namespace) -> list[tuple[str, int, int]]:
-    return [(method, n, shape.hidden) for method in KERNELS for n in ((4,) if method == "frac" else (2, 4))]
+    counts = {"frac": (4,), "virtual-width": (3, 4)}
+    return [(method, n, shape.hidden) for method in KERNELS for n in counts.get(method, (2, 4))]
 
 
 def measure_kernel(

@@ -18,29 +18,36 @@ KERNELS = {
     "hyper-static": ("tanh", False),
     "hyper-dynamic": ("tanh", True),
     "frac": ("tanh", True),
+    "virtual-width": ("virtual", True),
     "mhc": ("sinkhorn", True),
 }
+
+
+def fractions(method: str, n: int) -> int:
+    """R: into how many streams' widths a hidden vector is cut."""
+    return {"frac": n, "virtual-width": 2}.get(method, 1)
 
 
 def problem(method: str, n: int, d: int, tokens: int, dtype: torch.dtype, shape: Any) -> tuple[Form, list[Any]]:
     """A form of boundary and what it takes, all with gradients."""
     kind, is_dynamic = KERNELS[method]
-    R = n if method == "frac" else 1
-    D, is_joint = d // R, kind == "sinkhorn"
-    K = n * n + 2 * n if is_joint else R + n + 1
+    R = fractions(method, n)
+    D, is_joint, is_virtual = d // R, kind == "sinkhorn", kind == "virtual"
+    K = n * n + 2 * n if is_joint else R + n + (R if is_virtual else 1)
     normal = lambda *size, of=torch.float32: torch.randn(*size, dtype=of, device=shape.device).requires_grad_()  # noqa: E731
     form = Form(kind, n, R, is_joint, False, 1e-5, 20, "RMSNorm", 1e-5, shape.backend)
     written = normal(tokens, R, D, of=dtype), normal(tokens, R, n), normal(tokens, n, n)
     projection = normal(K, n * D if is_joint else D) if is_dynamic else None
-    static = [normal(K), normal(3)] if is_joint else [normal(n, R), normal(n, n), normal(n)]
-    scales = [normal(1), normal(1)] if is_dynamic and not is_joint else []
-    return form, [normal(tokens, n, D, of=dtype), *written, projection, normal(d), None, [*static, *scales]]
+    static = [normal(n, R), normal(n, n), normal(R, n) if is_virtual else normal(n)]
+    scales = [normal(n, R + n), normal(R, n)] if is_virtual else [normal(1), normal(1)]
+    parameters = [normal(K), normal(3)] if is_joint else [*static, *(scales if is_dynamic else [])]
+    return form, [normal(tokens, n, D, of=dtype), *written, projection, normal(d), None, parameters]
 
 
 def minimum_bytes(method: str, n: int, d: int, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
-    """What a boundary has to read and write, forward and backward: (2 n + 2) C and (3 n + 3) C numbers per token."""
-    wide = 1 if method == "frac" else n
-    return tuple((factor * wide + factor) * d * tokens * dtype.itemsize for factor in (2, 3))  # type: ignore[return-value]
+    """What a boundary has to read and write, forward and backward: 2 n D + 2 C and 3 n D + 3 C numbers per token."""
+    D = d // fractions(method, n)
+    return tuple(factor * (n * D + d) * tokens * dtype.itemsize for factor in (2, 3))  # type: ignore[return-value]
 
 
 def best_time(run: Callable[[], Any], shape: Any) -> float:

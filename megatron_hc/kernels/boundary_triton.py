@@ -1,4 +1,4 @@
-"""A boundary of hyper- and frac-connections in Triton.
+"""A boundary of hyper-connections, frac-connections and virtual width networks in Triton.
 
 Dims as in ``boundary_triton_kernels``.
 
@@ -29,17 +29,27 @@ from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, multiprocessors, s
 
 
 def can_do(form: Form, streams: Tensor) -> bool:
-    """Static and dynamic weights of hyper- and frac-connections, with every token's streams in one program."""
-    return form.kind == "tanh" and form.num_streams <= 8 and streams.shape[1] * streams.shape[2] <= 1 << 16
+    """Static and dynamic weights that are tanh of row-wise logits, with every token's streams in one program."""
+    is_known = form.kind in ("tanh", "virtual") and form.num_streams <= 8
+    return is_known and streams.shape[1] * streams.shape[2] <= 1 << 16
+
+
+def num_logits(form: Form) -> int:
+    """K; static weights have as many numbers per row."""
+    N, R = form.num_streams, form.num_reads
+    if form.is_joint:
+        return N * N + 2 * N
+    return R + N + (R if form.kind == "virtual" else 1)
 
 
 def constants_of(form: Form, streams: Tensor, projection: Tensor | None) -> dict[str, Any]:
     """Of every kernel."""
-    N, R = form.num_streams, form.num_reads
+    N, R, K = form.num_streams, form.num_reads, num_logits(form)
     return {
         **{"N": N, "D": streams.shape[2], "R": R, "NP": triton.next_power_of_2(N), "RP": triton.next_power_of_2(R)},
-        **{"KP": triton.next_power_of_2(R + N + 3), "DP": max(32, triton.next_power_of_2(streams.shape[2]))},
+        **{"K": K, "KP": triton.next_power_of_2(K + 2), "DP": max(32, triton.next_power_of_2(streams.shape[2]))},
         **{"IS_DYNAMIC": projection is not None, "IS_CENTRED": form.is_centred, "NORM": NORMS[form.norm]},
+        "HAS_MATRICES": form.kind == "virtual",  # of scales
         "V": 16 // streams.element_size(),  # a thread's load has 16 bytes
         "IS_COMPILED": not IS_INTERPRETED,
     }
@@ -56,7 +66,7 @@ def streams_options(form: Form, constants: dict[str, Any]) -> tuple[dict[str, An
     A thread takes so many columns as its 255 registers have room for; where W is held they are nearly full.
     """
     holds_projection = constants["IS_DYNAMIC"] and not form.is_joint
-    logits = form.num_reads + form.num_streams + 1 if holds_projection else 0
+    logits = constants["K"] if holds_projection else 0
     held = 2 * logits + 2 * form.num_reads + 3 * form.num_streams  # vectors: W, its gradient, the norm's, the streams'
     width = constants["V"]
     while width > 1 and width * held > 210:
@@ -80,24 +90,24 @@ def forward(
     T = streams.shape[0]
     results = empty_results(streams, form.num_reads, projection, form.norm)
     new, x, next_write, next_keep, read, statistics, norm_statistics = results
-    if form.num_reads > 1:
+    if form.kind == "tanh" and form.num_reads > 1:
         next_write.zero_()  # but for its diagonal
     h, stride = unexpanded(streams)
-    static = [p.contiguous() for p in parameters[:3]]
-    scales = parameters[3:] if projection is not None else static[:2]
+    static, scales = ([p.contiguous() for p in some] for some in (parameters[:3], parameters[3:] or parameters[:2]))
     constants, sums = constants_of(form, streams, projection), pointer(row_sums, x)
     kernels.forward[(T,)](
         *(h, pointer(output, h), pointer(write, x), pointer(keep, x), pointer(projection, x), sums),
         *(static[0], scales[0], pointer(norm_weight, x), pointer(norm_bias, x), new, x, statistics, norm_statistics),
         *(form.eps, form.norm_eps, stride),
-        **take(constants, "N", "D", "R", "NP", "DP", "KP", "V", "IS_DYNAMIC", "IS_CENTRED", "NORM", "IS_COMPILED"),
+        **take(constants, "N", "D", "R", "K", "NP", "DP", "KP", "V", "NORM"),
+        **take(constants, "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES", "IS_COMPILED"),
         HAS_OUTPUT=output is not None,
         HAS_BIAS=norm_bias is not None,
         **row_options(constants),
     )
     kernels.weights[(triton.cdiv(T, 16),)](
         *(statistics, sums, *static, *scales, read, next_write, next_keep, T, form.eps),
-        **take(constants, "N", "R", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED"),
+        **take(constants, "N", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES"),
         M=16,
     )
     return results
@@ -124,27 +134,26 @@ def backward(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """-> gradients of H, Y, write, keep, W ([0] where absent), [2, C] of the norm's weight and bias, of parameters."""
     (T, N, D), R, is_dynamic = new.shape, form.num_reads, projection is not None
-    K = R + N + 1
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_new, g_x, g_write, g_keep = (g.contiguous() for g in (g_new, g_x, g_write, g_keep))
     constants = constants_of(form, streams, projection)
+    K = constants["K"]
     g_read, g_norm = backward_of_read(form, g_x, new, norm_weight, read, norm_statistics)
     programs = min(triton.cdiv(T, 16), 2 * multiprocessors(new.device))
     g_z, sums = torch.empty_like(statistics), torch.empty(programs, 3, N, K, **wide)
     kernels.backward_weights[(programs,)](
         *(g_read, g_keep, g_write, statistics, pointer(row_sums, read)),
-        *(parameters[3:] if is_dynamic else (read, read)),
+        *((p.contiguous() for p in parameters[3:]) if is_dynamic else (read, read)),
         *(g_z, sums, T, form.eps),
-        **take(constants, "N", "D", "R", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED"),
+        **take(constants, "N", "D", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES"),
         M=16,
     )
     inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
     found, of_columns = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))
     of_static, of_scale, of_sums = sum_of_rows(sums)
-    g_parameters = [of_static[:, :R], of_static[:, R : R + N], of_static[:, R + N]]
+    g_parameters = parameter_gradients(form, of_static, of_scale if is_dynamic else None)
     g_projection = of_columns[:0]
     if is_dynamic:
-        g_parameters += [of_scale[:, : R + N].sum().view(1), of_scale[:, R + N].sum().view(1)]
         g_projection = of_columns[:K]
         if row_sums is not None:
             g_projection = g_projection + of_sums.sum(0).unsqueeze(-1)
@@ -152,6 +161,18 @@ def backward(
     of_norm = torch.zeros(2, R * D, **wide)
     of_norm[: NORMS[form.norm]] = of_columns.view(NORMS[form.norm], R * D)
     return [*found, g_projection if is_dynamic else torch.empty(0, **wide)], of_norm, g_parameters
+
+
+def parameter_gradients(form: Form, of_static: Tensor, of_scale: Tensor | None) -> list[Tensor]:
+    """[N, K] of the static weights, and of what is scaled (None: nothing is) -> those of ``Form``'s parameters."""
+    N, R = form.num_streams, form.num_reads
+    read, keep, write = of_static.split((R, N, of_static.shape[1] - R - N), dim=1)
+    is_virtual = form.kind == "virtual"
+    found = [read, keep, write.t() if is_virtual else write.squeeze(1)]
+    if of_scale is None:
+        return found
+    alpha, beta = of_scale[:, : R + N], of_scale[:, R + N :]
+    return [*found, *((alpha, beta.t()) if is_virtual else (alpha.sum().view(1), beta.sum().view(1)))]
 
 
 def backward_of_read(
@@ -185,9 +206,9 @@ def backward_of_streams(
     blocks = triton.cdiv(D, options["E"])
     programs = max(1, min(T, per_multiprocessor * multiprocessors(h.device) // blocks))
     written = torch.empty(T if output is not None else 0, blocks, N + R, N, **wide)
-    rows = (R + N + 1 if projection is not None and not form.is_joint else 0) + NORMS[form.norm] * R
+    rows = (constants["K"] if projection is not None and not form.is_joint else 0) + NORMS[form.norm] * R
     partial = torch.empty(programs, rows, D, **wide)
-    of_streams = take(constants, "N", "D", "R", "NP", "RP", "IS_DYNAMIC", "IS_CENTRED", "NORM", "IS_COMPILED")
+    of_streams = take(constants, "N", "D", "R", "K", "NP", "RP", "IS_DYNAMIC", "IS_CENTRED", "NORM", "IS_COMPILED")
     kernels.backward_streams[(blocks, programs)](
         *(g_new, g_x, h, pointer(output, h), pointer(write, read), pointer(keep, read), pointer(projection, read)),
         *(pointer(norm_weight, read), *small, g_streams, g_output, written, partial, T, stride),

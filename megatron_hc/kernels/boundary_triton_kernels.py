@@ -1,6 +1,8 @@
 """The Triton kernels of ``boundary_triton``.
 
-Dims: T tokens, N streams, D width of one stream, R parts read and written (1, or N), C = R D, K = R + N + 1 logits.
+Dims: T tokens, N streams, D width of one stream, R parts read and written, C = R D, K logits of a row: R of the read,
+N of keep, then one of the write, whose [R, N] is zero off the diagonal where R is N (hyper- and frac-connections, one
+scale alpha, one beta), or R of it, which fill it (virtual width, a matrix of scales alpha [N, R + N], beta [R, N]).
 NP, RP, DP, KP: the next power of 2 (KP: of K + 2). V numbers lie side by side in one thread, E columns in a program.
 
 Every stream is a vector of numbers over the threads of a program, so that what mixes streams is arithmetic within a
@@ -32,13 +34,12 @@ def settled(  # type: ignore[no-untyped-def]
 def forward(  # type: ignore[no-untyped-def]
     h, y, write, keep, w, row_sums, static_read, alpha, norm_weight, norm_bias, new, x, statistics, norm_statistics,
     eps, norm_eps, stream_stride,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr,
-    V: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr, NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, IS_COMPILED: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr,
+    KP: tl.constexpr, V: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr,
+    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MATRICES: tl.constexpr, IS_COMPILED: tl.constexpr,
 ):  # fmt: skip
     """One token: H', the statistics, x and the statistics of its norm. ``stream_stride``: see ``unexpanded``."""
     t = tl.program_id(0).to(tl.int64)
-    K: tl.constexpr = R + N + 1
     P: tl.constexpr = DP // V
     d = tl.arange(0, DP)
     column = d < D
@@ -97,7 +98,8 @@ def forward(  # type: ignore[no-untyped-def]
                 logit = pick(z, i, k, j, q)
                 if IS_CENTRED:
                     logit -= means[j] * tl.load(row_sums + q)
-                weight += tl.load(alpha) * tanh(logit * tl.rsqrt(pick(z, i, k, j, K + 1) + eps))
+                scale = tl.load(alpha + j * (R + N) + q if HAS_MATRICES else alpha)
+                weight += scale * tanh(logit * tl.rsqrt(pick(z, i, k, j, K + 1) + eps))
             value += weight * rows[j]
         xs = xs + (value,)
     mean_x = 0.0
@@ -122,20 +124,47 @@ def forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def place_in_write(  # type: ignore[no-untyped-def]
+    t, i, k, N: tl.constexpr, R: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    """Where write [T, R, N] has what row i's logit k gives, k >= R + N."""
+    if K > R + N + 1:
+        place = (t * R + (k - R - N)) * N + i
+    elif R == 1:
+        place = t * N + i + 0 * k
+    else:
+        place = (t * R + i) * N + i + 0 * k
+    return place
+
+
+@triton.jit
+def scales_of(  # type: ignore[no-untyped-def]
+    alpha, beta, i, k, N: tl.constexpr, R: tl.constexpr, K: tl.constexpr, HAS_MATRICES: tl.constexpr
+):  # fmt: skip
+    """What row i's logit k is scaled with, after tanh."""
+    if HAS_MATRICES:
+        is_row = i < N
+        scale = tl.load(alpha + i * (R + N) + k, mask=is_row & (k < R + N), other=0.0)
+        scale += tl.load(beta + (k - R - N) * N + i, mask=is_row & (k >= R + N) & (k < K), other=0.0)
+    else:
+        scale = tl.where(k < R + N, tl.load(alpha), tl.load(beta))
+    return scale
+
+
+@triton.jit
 def weights(  # type: ignore[no-untyped-def]
     statistics, row_sums, static_read, static_keep, static_write, alpha, beta, read, write, keep, num_tokens, eps,
-    N: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, M: tl.constexpr,
-    IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, K: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, M: tl.constexpr,
+    IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr, HAS_MATRICES: tl.constexpr,
 ):  # fmt: skip
-    """M tokens' weights, a number per thread; of ``write`` with N parts the diagonal, the rest is zero already."""
-    K: tl.constexpr = R + N + 1
+    """M tokens' weights, a number per thread; what is zero off ``write``'s diagonal is zero already."""
     i, k = tl.arange(0, NP)[None, :, None], tl.arange(0, KP)[None, None, :]
     t = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)[:, None, None]
     here = (t < num_tokens) & (i < N)
-    is_read, is_keep, is_write = k < R, (k >= R) & (k < R + N), k == R + N
+    is_read, is_keep, is_write = k < R, (k >= R) & (k < R + N), (k >= R + N) & (k < K)
     value = tl.load(static_read + i * R + k, mask=is_read & (i < N), other=0.0)
     value += tl.load(static_keep + i * N + (k - R), mask=is_keep & (i < N), other=0.0)
-    value += tl.load(static_write + i + 0 * k, mask=is_write & (i < N), other=0.0)
+    value += tl.load(static_write + (k - R - N) * N + i, mask=is_write & (i < N), other=0.0)
     value += tl.zeros([M, NP, KP], tl.float32)
     if IS_DYNAMIC:
         of_row = statistics + (t * N + i) * (K + 2)
@@ -143,10 +172,10 @@ def weights(  # type: ignore[no-untyped-def]
         if IS_CENTRED:
             z -= tl.load(of_row + K, mask=here, other=0.0) * tl.load(row_sums + k, mask=k < K, other=0.0)
         inverse = tl.rsqrt(tl.load(of_row + (K + 1), mask=here, other=1.0) + eps)
-        value += tl.where(is_write, tl.load(beta), tl.load(alpha)) * tanh(z * inverse)
+        value += scales_of(alpha, beta, i, k, N, R, K, HAS_MATRICES) * tanh(z * inverse)
     tl.store(read + (t * N + i) * R + k, value, mask=here & is_read)
     tl.store(keep + (t * N + i) * N + (k - R), value, mask=here & is_keep)
-    tl.store(write + (t * N + i if R == 1 else (t * R + i) * N + i) + 0 * k, value, mask=here & is_write)
+    tl.store(write + place_in_write(t, i, k, N, R, K), value, mask=here & is_write)
 
 
 @triton.jit
@@ -232,8 +261,8 @@ def hat_of(  # type: ignore[no-untyped-def]
 @triton.jit
 def backward_weights(  # type: ignore[no-untyped-def]
     g_read, g_keep, g_write, statistics, row_sums, alpha, beta, g_z, partial, num_tokens, eps,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, M: tl.constexpr,
-    IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr,
+    M: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr, HAS_MATRICES: tl.constexpr,
 ):  # fmt: skip
     """Through tanh and the norm in front of it, a number per thread.
 
@@ -241,7 +270,6 @@ def backward_weights(  # type: ignore[no-untyped-def]
     ``partial`` [programs, 3, N, K]: sums over tokens of the gradients of the static weights, of these times tanh, and
     of the gradients of W's row sums.
     """
-    K: tl.constexpr = R + N + 1
     i, k = tl.arange(0, NP)[None, :, None], tl.arange(0, KP)[None, None, :]
     of_static = tl.zeros([NP, KP], tl.float32)
     of_scale = tl.zeros([NP, KP], tl.float32)
@@ -252,8 +280,7 @@ def backward_weights(  # type: ignore[no-untyped-def]
         here = (t < num_tokens) & (i < N)
         g = tl.load(g_read + (t * N + i) * R + k, mask=here & (k < R), other=0.0)
         g += tl.load(g_keep + (t * N + i) * N + (k - R), mask=here & (k >= R) & (k < R + N), other=0.0)
-        of_write = g_write + (t * N + i if R == 1 else (t * R + i) * N + i) + 0 * k
-        g += tl.load(of_write, mask=here & (k == R + N), other=0.0)
+        g += tl.load(g_write + place_in_write(t, i, k, N, R, K), mask=here & (k >= R + N) & (k < K), other=0.0)
         of_static += tl.sum(g, 0)
         if IS_DYNAMIC:
             of_row = (t * N + i) * (K + 2)
@@ -265,7 +292,7 @@ def backward_weights(  # type: ignore[no-untyped-def]
                 z -= mean * sums
             th = tanh(z * inverse)
             of_scale += tl.sum(g * th, 0)
-            of_z = g * tl.where(k < R + N, tl.load(alpha), tl.load(beta)) * (1 - th * th) * inverse
+            of_z = g * scales_of(alpha, beta, i, k, N, R, K, HAS_MATRICES) * (1 - th * th) * inverse
             share = tl.sum(of_z * z, 2)[:, :, None] * inverse * inverse * (-1.0 / D)
             shift = tl.zeros([M, NP, 1], tl.float32)
             if IS_CENTRED:
@@ -286,8 +313,8 @@ def backward_weights(  # type: ignore[no-untyped-def]
 def backward_streams(  # type: ignore[no-untyped-def]
     g_new, g_x, h, y, write, keep, w, norm_weight, read, norm_statistics, g_norm, g_z,
     g_h, g_y, written, partial, num_tokens, stream_stride,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, E: tl.constexpr,
-    V: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr,
+    E: tl.constexpr, V: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr,
     NORM: tl.constexpr, IS_COMPILED: tl.constexpr, IS_JOINT: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th token, E columns of D: gradients of H and Y, and these columns' part of all sums.
@@ -296,7 +323,6 @@ def backward_streams(  # type: ignore[no-untyped-def]
     K + NORM R, D]: of W, of the norm's weight and of its bias. W's columns stay in registers. Joint: ``g_new`` has all
     that the logits give, but for the mean square's part, the last of ``g_z`` [T, K + 2].
     """
-    K: tl.constexpr = R + N + 1
     P: tl.constexpr = E // V
     d = tl.program_id(0) * E + tl.arange(0, E)
     column = d < D
@@ -364,7 +390,7 @@ def backward_streams(  # type: ignore[no-untyped-def]
             for q in tl.static_range(R):
                 grad += tl.load(read + (t * N + j) * R + q) * dxs[q]
             if IS_JOINT and IS_DYNAMIC:
-                grad += tl.load(g_z + t * (N * N + 2 * N + 2) + (N * N + 2 * N + 1)) * rows[j]
+                grad += tl.load(g_z + t * (K + 2) + (K + 1)) * rows[j]
             elif IS_DYNAMIC:
                 of_row = g_z + (t * N + j) * (K + 2)
                 grad += tl.load(of_row + (K + 1)) * rows[j]

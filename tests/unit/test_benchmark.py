@@ -42,7 +42,8 @@ def test_a_method_that_fails_does_not_end_the_run(
     with pytest.raises(SystemExit, match="benchmark.py: failed: mhc n 2 d 16, mhc n 4 d 16, hyper-static-n2"):
         run(monkeypatch, f"--parts steps,kernels --methods plain,hyper-static-n2,frac-m4 --output {path}")
     figures = json.loads(path.read_text())
-    assert [row["method"] for row in figures["kernels"]] == 2 * ["hyper-static"] + 2 * ["hyper-dynamic"] + ["frac"]
+    expected = 2 * ["hyper-static"] + 2 * ["hyper-dynamic"] + ["frac"] + 2 * ["virtual-width"]
+    assert [row["method"] for row in figures["kernels"]] == expected
     assert list(figures["steps"]) == ["plain", "frac-m4"]
     assert figures["errors"]["mhc n 2 d 16"] == "RuntimeError: no such kernel"
     assert "residual-streams" in figures["errors"]["hyper-static-n2"]

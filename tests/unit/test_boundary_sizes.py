@@ -49,13 +49,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def problem(kind: str, n: int, d: int, tokens: int, has_output: bool = True) -> tuple[Form, list, list[Tensor]]:
-    """A form, what ``boundary`` takes after it (float64, random), and gradients of its results."""
+    """A form, what ``boundary`` takes after it (float64, random), and gradients of its results.
+
+    "virtual" reads and writes half of its streams, rounded up, at a time, "virtual-all" all of them.
+    """
     draw = torch.Generator().manual_seed(n * 7919 + d * 31 + tokens)
     normal = lambda *shape: torch.randn(shape, generator=draw, dtype=torch.float64)  # noqa: E731
-    R = n if kind == "frac" else max(1, n // 2) if kind == "virtual" else 1
+    family = kind.split("-")[0]
+    R = n if kind in ("frac", "virtual-all") else -(-n // 2) if family == "virtual" else 1
     D = -(-d // n) if kind == "frac" else d
-    others = {"frac": "tanh", "virtual": "virtual", "kromhc": "kronecker"}
-    of = others.get(kind, "tanh" if "hyper" in kind else "sinkhorn")
+    of = {"hyper": "tanh", "frac": "tanh", "virtual": "virtual", "mhc": "sinkhorn", "kromhc": "kronecker"}[family]
     K = {
         "tanh": R + n + 1,
         "virtual": 2 * R + n,
@@ -73,7 +76,7 @@ def problem(kind: str, n: int, d: int, tokens: int, has_output: bool = True) -> 
         write = normal(R, n) if of == "virtual" else normal(n)
         scales = [normal(n, R + n), normal(R, n)] if of == "virtual" else [normal(1), normal(1)]
         parameters = [normal(n, R), normal(n, n), write, *([] if is_static else scales)]
-    norms = [normal(R * D), normal(R * D) if kind == "hyper-layernorm" else None]
+    norms = [normal(R * D), normal(R * D) if kind.endswith("layernorm") else None]
     inputs = [normal(tokens, n, D), *written, projection, *norms, parameters]
     grads = [normal(tokens, n, D), normal(tokens, R * D), normal(tokens, R, n), normal(tokens, n, n)]
     return form, inputs, grads
@@ -247,7 +250,7 @@ def check_folds(backend: str, kind: str, dtype: torch.dtype, device: str = "cpu"
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["hyper", "frac", "mhc"])
+@pytest.mark.parametrize("kind", ["hyper", "frac", "virtual", "mhc"])
 def test_folds_are_the_boundaries_own(backend: str, kind: str, dtype: torch.dtype) -> None:
     check_folds(backend, kind, dtype)
 

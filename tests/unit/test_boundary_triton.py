@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import build, gradients, random_tokens, randomise, small_config
 from test_boundary import counted, distance
-from test_boundary_sizes import BOUND, check, check_folds
+from test_boundary_sizes import BOUND, check, check_folds, problem
 
 from megatron_hc.kernels import boundary
 from megatron_hc.kernels.coefficients import Form
@@ -31,6 +31,8 @@ CASES = [
     ("hyper-layernorm-no-bias", 3, 48, 6, True),
     ("frac", 4, 48, 3, True),
     ("frac", 3, 48, 5, False),
+    ("virtual-layernorm", 3, 48, 2, True),
+    ("virtual-static", 3, 40, 2, True),
     ("mhc", 4, 48, 4, True),
     ("mhc", 3, 40, 3, True),
     ("mhc", 2, 32, 70, False),
@@ -38,11 +40,17 @@ CASES = [
 ]
 ALL_CASES = [
     (kind, n, d, tokens, True)
-    for kind in ("hyper", "frac", "mhc")
+    for kind in ("hyper", "frac", "virtual", "mhc")
     for n in (1, 2, 3, 4, 8)
     for d in (48, 64, 320, 1024)
     for tokens in (1, 7, 128, 1000)
     if kind != "mhc" or n > 1
+]
+ALL_CASES += [
+    (f"virtual-{kind}", n, 48, tokens, tokens > 1)
+    for kind in ("all", "layernorm", "static")
+    for n in (1, 2, 3, 8)
+    for tokens in (1, 7)
 ]
 FEW_TOKENS = [case for case in ALL_CASES if case[3] <= 7]  # the interpreter goes through them one by one
 
@@ -58,18 +66,25 @@ def test_in_the_interpreter(marker: str) -> None:
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
-@runs_kernels
-@pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> None:
+def check_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> None:
     kind, n, d, tokens, has_output = case
+    form, (streams, *_), _ = problem(kind, n, d, tokens, has_output)
+    module = boundary.implementation(form._replace(backend="triton"), streams.to(dtype))
+    assert module.__name__.startswith("megatron_hc.kernels.boundary_triton"), "torch did it"
     # The interpreter cuts off where hardware rounds to bf16.
     cuts = dtype == torch.bfloat16 and IS_INTERPRETED
     check("triton", kind, dtype, n, d, tokens, has_output, DEVICE, cuts)
 
 
 @runs_kernels
-@pytest.mark.parametrize("kind", ["hyper", "frac", "mhc"])
+@pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> None:
+    check_kernels(case, dtype)
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["hyper", "frac", "virtual", "mhc"])
 def test_many_boundaries_streams_in_one_kernel(kind: str) -> None:
     check_folds("triton", kind, torch.bfloat16, DEVICE)
 
@@ -78,18 +93,16 @@ def test_many_boundaries_streams_in_one_kernel(kind: str) -> None:
 @pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("case", FEW_TOKENS, ids=lambda case: "-".join(map(str, case)))
 def test_sizes_in_the_interpreter(case: tuple[str, int, int, int, bool]) -> None:
-    kind, n, d, tokens, has_output = case
     for dtype in BOUND:
-        check("triton", kind, dtype, n, d, tokens, has_output, DEVICE, cuts=dtype == torch.bfloat16)
+        check_kernels(case, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_sizes_on_a_gpu(case: tuple[str, int, int, int, bool]) -> None:
-    kind, n, d, tokens, has_output = case
     for dtype in BOUND:
-        check("triton", kind, dtype, n, d, tokens, has_output, DEVICE)
+        check_kernels(case, dtype)
 
 
 @runs_kernels
@@ -120,6 +133,12 @@ def test_a_model_to_its_end(form: dict, norm: str) -> None:
 
 
 @runs_kernels
+def test_a_model_whose_read_out_is_its_own() -> None:
+    form = {"residual_connection": "virtual-width", "residual_streams": 3}
+    assert boundaries_of_a_model(form, "LayerNorm") == {"torch": (2, 1), "triton": (2, 1)}
+
+
+@runs_kernels
 @pytest.mark.parametrize(
     ("form", "boundaries"),
     [
@@ -127,7 +146,6 @@ def test_a_model_to_its_end(form: dict, norm: str) -> None:
         ({"residual_connection": "mhc", "residual_streams": 2, "mhc_single_pass": True}, 0),  # reads what came before
         ({"residual_connection": "mhc", "residual_streams": 2, "mhc_convention": "megatron"}, 1),
         ({"residual_connection": "mhc-lite", "residual_streams": 2}, 3),
-        ({"residual_connection": "virtual-width", "residual_streams": 2}, 2),  # its read-out is its own
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
