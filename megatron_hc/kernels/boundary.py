@@ -1,6 +1,6 @@
 """One boundary of the hyper-connection family: write of a sublayer, weights and read of the next one, and its norm.
 
-Dims: T tokens, N streams, D width of one stream, R parts read and written (1; frac-connections: N), C = R D, K logits.
+Dims: T tokens, N streams, D width of one stream, R parts read and written (1; fractions: up to N), C = R D, K logits.
 
     H' = keep^T H + write^T Y          z = H' W^T, row by row (joint: of all N D numbers of a token at once)
     (read', write', keep') = coefficients((z - mean(H') sum(W)) / sqrt(var(H') + eps))     x = norm(read'^T H')

@@ -147,6 +147,7 @@ def backward(
         *(g_z, sums, T, form.eps),
         **take(constants, "N", "D", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES"),
         M=16,
+        num_warps=8 if constants["HAS_MATRICES"] and constants["NP"] * constants["KP"] > 128 else 4,  # without spills
     )
     inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
     found, of_columns = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))

@@ -1,6 +1,6 @@
 """Mixing weights of the hyper-connection family as functions of a few numbers per token.
 
-Dims: T tokens, N streams, R parts read and written (1; frac-connections: N), K logits per row.
+Dims: T tokens, N streams, R parts read and written (1; fractions: up to N), K logits per row.
 
 Small tensors only: what is large, the product that gives the logits, is in ``boundary.py``. Every function comes with
 its gradient, because autograd is off inside of an operation that torch registers; by itself it is plain autograd. A
