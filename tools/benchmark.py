@@ -5,7 +5,8 @@
 Parts (--parts, default all that can run): "kernels" runs one boundary forward and backward and compares the bytes that
 it must move with a copy measured in the same run; "steps" runs whole training steps (forward, loss, backward, AdamW)
 of every method, of this project's peers where they are installed, and prints times and peak memory as ratios to the
-plain residual; "curves" repeats "kernels" over widths and numbers of streams. A method and plain take turns in random
+plain residual; "curves" repeats "kernels" over widths and numbers of streams; "launch" tries other launch options of
+the Triton kernels. A method and plain take turns in random
 order, and a ratio is the median over rounds of ratios within a round, so that a drift of the machine falls on both.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from benchmark_kernels import KERNELS, kernel
+from benchmark_launch import launch
 from benchmark_report import Report, plot
 from benchmark_steps import CASES, steps
 
@@ -67,7 +69,7 @@ def measure_kernel(
         report.add(part, row)
 
 
-PARTS = {"kernels": kernels, "steps": steps, "curves": curves}
+PARTS = {"kernels": kernels, "steps": steps, "curves": curves, "launch": launch}
 """In the order in which they run."""
 
 
@@ -76,7 +78,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="cpu-small")
     for name in ("hidden", "layers", "heads", "ffn", "seq", "batch", "vocab"):
         parser.add_argument(f"--{name}", type=int, help="instead of the preset's")
-    parser.add_argument("--parts", default="kernels,steps", help="comma-separated: kernels, steps, curves")
+    parser.add_argument("--parts", default="kernels,steps", help="comma-separated: kernels, steps, curves, launch")
     parser.add_argument("--methods", help=f"comma-separated, default all: {', '.join(CASES)}")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="other implementations")
     parser.add_argument("--rounds", type=int, help="default: 7 on a CPU, 5 on CUDA")

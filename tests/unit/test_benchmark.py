@@ -14,7 +14,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-benchmark, steps = (importlib.import_module(name) for name in ("benchmark", "benchmark_steps"))
+names = ("benchmark", "benchmark_steps", "benchmark_launch")
+benchmark, steps, launch = (importlib.import_module(name) for name in names)
 sys.path.pop(0)
 CASES = steps.CASES
 
@@ -63,6 +64,28 @@ def test_the_file_holds_what_there_is_when_a_run_is_cut_off(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, f"--parts kernels --output {tmp_path / 'figures.json'}")
     assert json.loads((tmp_path / "figures.json").read_text())["kernels"] == [{"method": "frac"}]
+
+
+def test_launch_options_are_put_in_and_taken_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    triton = importlib.import_module("megatron_hc.kernels.boundary_triton")
+    chosen = triton.row_options, triton.streams_options
+    seen = []
+
+    def measured(method: str, *_: Any) -> dict[str, Any]:
+        seen.append((triton.row_options({"NP": 4, "DP": 2048}), triton.streams_options is chosen[1]))
+        return {"method": method}
+
+    monkeypatch.setattr(launch, "kernel", measured)
+    monkeypatch.setattr(benchmark, "check_backend", lambda *_: None)
+    run(monkeypatch, f"--parts launch --backend triton --output {tmp_path / 'figures.json'}")
+    rows = json.loads((tmp_path / "figures.json").read_text())["launch"]
+    of_one = [row["options"] for row in rows if row["method"] == "mhc"]
+    assert of_one[:3] == ["as chosen", "rows: 1 warps", "rows: 2 warps"]
+    assert seen[0] == ({"num_warps": 4}, True) and seen[1] == ({"num_warps": 1}, True) and not seen[-1][1]
+    assert (triton.row_options, triton.streams_options) == chosen
+    with pytest.raises(SystemExit, match="--parts launch needs --device cuda"):
+        run(monkeypatch, "--parts launch")
 
 
 def test_curves_leave_out_what_kernels_have_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from megatron_hc.kernels import choice, cross_entropy
 from megatron_hc.kernels.cross_entropy import VocabShard, linear_cross_entropy, token_scores
 from megatron_hc.kernels.norm import NormParts, norm, norm_of_sum, promote
 from megatron_hc.kernels.swiglu import swiglu, swiglu_reference
+from megatron_hc.model.attention import CoreAttention
 from megatron_hc.model.rope import RopeTable, apply_rope
 from megatron_hc.residual import base as residual_base
 
@@ -315,6 +316,7 @@ def test_the_estimator_knows_what_is_kept(method: str, monkeypatch: pytest.Monke
     if DEVICE == "cpu":
         for module in (choice, cross_entropy):
             monkeypatch.setattr(module, "runs_in_triton", lambda tensor, backend="auto": True)
+        monkeypatch.setattr(CoreAttention, "arranged", lambda self, *tensors: tensors)
     model = build(config.model, "bf16").to(DEVICE)
     own, sizes, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
 
