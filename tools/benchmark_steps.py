@@ -15,6 +15,9 @@ import torch
 from benchmark_peers import PEERS
 from benchmark_report import Report, release_memory
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_hc.config import ModelConfig, MoEConfig, ParallelConfig, ResidualConfig, TrainConfig, TrainingConfig
 from megatron_hc.log import flops_per_token
@@ -109,7 +112,7 @@ class Trainer:
         rows = torch.randint(0, shape.vocab, size, generator=torch.Generator().manual_seed(0)).to(shape.device)
         self.clock = time.process_time if shape.cpu_time else time.perf_counter
         self.tokens, self.labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        self.is_cuda = shape.device == "cuda"
+        self.is_cuda, self.is_compiled = shape.device == "cuda", shape.compile
         self.peak: int | None = None
         self.saved: int | None = None
 
@@ -142,7 +145,7 @@ class Trainer:
         return torch.cuda.max_memory_allocated() - others
 
     def peak_memory(self) -> int:
-        """Bytes at most during a step; counted where they cannot be measured: state, and what autograd keeps."""
+        """Bytes at most during a step; counted where they cannot be measured: state, and what the forward pass keeps."""
         return self.state_bytes() + self.saved_bytes() if self.peak is None else self.peak
 
     def state_bytes(self) -> int:
@@ -153,12 +156,12 @@ class Trainer:
         return sum(t.numel() * t.element_size() for t in held)
 
     def saved_bytes(self) -> int:
-        """What autograd keeps between the forward and the backward pass, parameters left out."""
+        """What is there for the backward pass between the two passes, parameters left out."""
         if self.saved is None:
-            self.saved = self._saved_bytes()
+            self.saved = self._saved_by_hooks() if self.is_compiled else self._alive_after_forward()
         return self.saved
 
-    def _saved_bytes(self) -> int:
+    def _saved_by_hooks(self) -> int:
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -172,6 +175,36 @@ class Trainer:
             loss = self.loss(self.tokens, self.labels)
         del loss
         return sum(kept.values())
+
+    def _alive_after_forward(self) -> int:
+        """Also what recompute holds for itself, which no hook sees."""
+        weights = {StorageWeakRef(p.untyped_storage()) for p in self.model.parameters()}
+        with _Storages() as storages:
+            loss = self.loss(self.tokens, self.labels)
+            found = storages.alive(weights)
+        del loss
+        return found
+
+
+class _Storages(TorchDispatchMode):
+    """Every storage that an operation makes, as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.found[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    def alive(self, without: set[StorageWeakRef]) -> int:
+        """Bytes."""
+        found = ((storage, size) for storage, size in self.found.items() if storage not in without)
+        return sum(size for storage, size in found if not storage.expired())
 
 
 def trainer_of(chosen: Case, shape: argparse.Namespace, dtype: torch.dtype) -> Trainer:

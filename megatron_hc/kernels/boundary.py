@@ -341,10 +341,11 @@ def boundary_and_statistics(
 
 
 class _Known(torch.autograd.Function):
+    """Keeps ``kept`` and computes nothing; no backward pass runs through it, it is for hooks on what is kept."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, new: Tensor, write: Tensor, keep: Tensor, *kept: Tensor | None) -> Any:
         ctx.save_for_backward(*kept)
-        ctx.mark_non_differentiable(x)
         return new.view_as(new), x.view_as(x), write.view_as(write), keep.view_as(keep)
 
 
@@ -373,8 +374,6 @@ def known(
 def folds(form: Form, streams: Tensor, written: Sequence[Written]) -> list[Tensor]:
     """H, (Y, write, keep) of boundary after boundary -> each one's H', the bits of ``boundary``; no gradients."""
     return implementation(form, streams).folds(streams, written)
-
-
 
 
 def fold(

@@ -144,25 +144,30 @@ class _Chain:
         self.found: list[tuple[Tensor, ...]] = []
         """write', keep', read', statistics: what a boundary finds but for H' and x."""
         self.last_new = 0
-        self.is_unbroken = True
+        self.is_broken = False
 
     def run(self, run: RunBoundary, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
-        streams, output, write, keep = tensors[:4]
         results = run(form, *tensors)
+        is_next = not self.found or tensors[0].data_ptr() == self.last_new
+        # Without its norm a module of its own comes after it, and keeps x.
+        self.is_broken = self.is_broken or not is_next or not form.norm
+        if self.is_broken:
+            self.streams, self.written, self.found = [], [], []
+        else:
+            self._note(form, tensors, results)
+        return results
+
+    def _note(self, form: Form, tensors: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+        streams, output, write, keep = tensors[:4]
         if not self.found:
             self.form, self.streams = form, [leaf(streams)]
-        elif streams.data_ptr() != self.last_new:
-            self.is_unbroken = False
-        if not form.norm:  # a norm of another package comes after it, and keeps x
-            self.is_unbroken = False
         self.written.append(None if output is None else (leaf(output), leaf(write), leaf(keep)))
         self.found.append(tuple(leaf(tensor) for tensor in results[2:]))
         self.last_new = results[0].data_ptr()
-        return results
 
     def replayed(self) -> Iterator[tuple[Tensor, ...]]:
         """H', write', keep', read' and statistics, boundary by boundary; nothing where they must be run again."""
-        if not self.found or not self.is_unbroken:
+        if not self.found:
             return
         assert self.form is not None
         first, *rest = self.written

@@ -113,7 +113,7 @@ def test_weights_are_drawn_on_the_device(name: str) -> None:
 
 
 def test_peak_memory_leaves_out_the_other_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = argparse.Namespace(batch=1, seq=4, vocab=7, cpu_time=False, device="cpu")
+    shape = argparse.Namespace(batch=1, seq=4, vocab=7, cpu_time=False, device="cpu", compile=False)
     trainer = steps.Trainer(torch.nn.Linear(3, 5), lambda tokens, labels: trainer.model(torch.ones(3)).sum(), shape)
     trainer.step()
     state = 4 * 20 * 4 + 2 * 4  # weights and biases, gradients, two moments in fp32; AdamW's counters
@@ -123,6 +123,18 @@ def test_peak_memory_leaves_out_the_other_model(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     assert trainer.measured_peak() == state + most
+
+
+def test_kept_memory_holds_what_recompute_keeps() -> None:
+    """Streams at the entrances of blocks, which autograd's hooks do not see."""
+    shape = argparse.Namespace(
+        **{"hidden": 64, "layers": 4, "heads": 2, "ffn": 96, "seq": 32, "vocab": 23, "batch": 1, "backend": "auto"},
+        **{"device": "cpu", "compile": False, "cpu_time": False},
+    )
+    names = ("plain", "hyper-dynamic-n4-recompute", "hyper-dynamic-n4")
+    kept = [steps.trainer_of(CASES[name], shape, torch.float32).saved_bytes() for name in names]
+    entrance = 4 * 32 * 64 * 4  # n [S, C] in fp32
+    assert kept[0] + 3 * entrance < kept[1] < kept[2] - entrance
 
 
 @pytest.mark.parametrize(
