@@ -145,7 +145,7 @@ class Trainer:
         return torch.cuda.max_memory_allocated() - others
 
     def peak_memory(self) -> int:
-        """Bytes at most during a step; counted where they cannot be measured: state, and what the forward pass keeps."""
+        """Bytes at most during a step; counted where they cannot be measured: state, and what a forward pass keeps."""
         return self.state_bytes() + self.saved_bytes() if self.peak is None else self.peak
 
     def state_bytes(self) -> int:
