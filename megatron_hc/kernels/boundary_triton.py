@@ -95,14 +95,18 @@ def forward(
     h, stride = unexpanded(streams)
     static, scales = ([p.contiguous() for p in some] for some in (parameters[:3], parameters[3:] or parameters[:2]))
     constants, sums = constants_of(form, streams, projection), pointer(row_sums, x)
+    KP = constants["KP"]
+    if constants["NP"] * KP > 128:
+        KP = triton.next_power_of_2(constants["K"])  # a thread has no registers for 256 sums, if 128 do
     kernels.forward[(T,)](
         *(h, pointer(output, h), pointer(write, x), pointer(keep, x), pointer(projection, x), sums),
         *(static[0], scales[0], pointer(norm_weight, x), pointer(norm_bias, x), new, x, statistics, norm_statistics),
         *(form.eps, form.norm_eps, stride),
-        **take(constants, "N", "D", "R", "K", "NP", "DP", "KP", "V", "NORM"),
+        **take(constants, "N", "D", "R", "K", "NP", "DP", "V", "NORM"),
         **take(constants, "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES", "IS_COMPILED"),
         HAS_OUTPUT=output is not None,
         HAS_BIAS=norm_bias is not None,
+        KP=KP,
         **row_options(constants),
     )
     kernels.weights[(triton.cdiv(T, 16),)](

@@ -38,9 +38,13 @@ def forward(  # type: ignore[no-untyped-def]
     KP: tl.constexpr, V: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MATRICES: tl.constexpr, IS_COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """One token: H', the statistics, x and the statistics of its norm. ``stream_stride``: see ``unexpanded``."""
+    """One token: H', the statistics, x and the statistics of its norm. ``stream_stride``: see ``unexpanded``.
+
+    Mean and mean square are columns of z where KP has room for them, and else stand by themselves.
+    """
     t = tl.program_id(0).to(tl.int64)
     P: tl.constexpr = DP // V
+    HAS_ROOM: tl.constexpr = KP >= K + 2
     d = tl.arange(0, DP)
     column = d < D
     token = h + t * (D + (N - 1) * stream_stride)
@@ -84,9 +88,21 @@ def forward(  # type: ignore[no-untyped-def]
                 else:
                     sums = sums + (zero,)
         z = tl.reshape(sums_of(sums, NP * KP, P), [NP, KP])
-        z = tl.where(k == K + 1, z / D, z)
-        for j in tl.static_range(N):
-            z = tl.where((i == j) & (k == K), means[j], z)
+        if HAS_ROOM:
+            z = tl.where(k == K + 1, z / D, z)
+            for j in tl.static_range(N):
+                z = tl.where((i == j) & (k == K), means[j], z)
+        else:
+            squares = ()
+            for a in tl.static_range(NP):
+                if a < N:
+                    centred = tl.where(column, rows[a] - means[a], 0.0) if IS_CENTRED else rows[a]
+                    squares = squares + (part_of_sum(centred * centred, P, V),)
+                    tl.store(statistics + (t * N + a) * (K + 2) + K, means[a])
+                else:
+                    squares = squares + (zero,)
+            square = tl.reshape(sums_of(squares, NP, P) / D, [NP, 1])
+            tl.store(statistics + (t * N + i) * (K + 2) + (K + 1), square, mask=row)
         tl.store(of_row, z, mask=row & (k < K + 2))
     xs = ()
     total = 0.0
@@ -99,7 +115,8 @@ def forward(  # type: ignore[no-untyped-def]
                 if IS_CENTRED:
                     logit -= means[j] * tl.load(row_sums + q)
                 scale = tl.load(alpha + j * (R + N) + q if HAS_MATRICES else alpha)
-                weight += scale * tanh(logit * tl.rsqrt(pick(z, i, k, j, K + 1) + eps))
+                var = pick(z, i, k, j, K + 1) if HAS_ROOM else pick(square, i, 0 * i, j, 0)
+                weight += scale * tanh(logit * tl.rsqrt(var + eps))
             value += weight * rows[j]
         xs = xs + (value,)
     mean_x = 0.0

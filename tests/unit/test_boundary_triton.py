@@ -33,6 +33,7 @@ CASES = [
     ("frac", 3, 48, 5, False),
     ("virtual-layernorm", 3, 48, 2, True),
     ("virtual-static", 3, 40, 2, True),
+    ("virtual-layernorm", 8, 32, 1, False),
     ("mhc", 4, 48, 4, True),
     ("mhc", 3, 40, 3, True),
     ("mhc", 2, 32, 70, False),
