@@ -103,7 +103,7 @@ def forward(  # type: ignore[no-untyped-def]
                     squares = squares + (zero,)
             square = tl.reshape(sums_of(squares, NP, P) / D, [NP, 1])
             tl.store(statistics + (t * N + i) * (K + 2) + (K + 1), square, mask=row)
-        tl.store(of_row, z, mask=row & (k < K + 2))
+        tl.store(of_row, z, mask=row & (k < (K + 2 if HAS_ROOM else K)))
     xs = ()
     total = 0.0
     for q in tl.static_range(R):

@@ -34,6 +34,7 @@ CASES = [
     ("virtual-layernorm", 3, 48, 2, True),
     ("virtual-static", 3, 40, 2, True),
     ("virtual-layernorm", 8, 32, 1, False),
+    ("virtual-layernorm", 7, 28, 2, True),  # 15 logits: one column of 16 is left, two are wanted
     ("mhc", 4, 48, 4, True),
     ("mhc", 3, 40, 3, True),
     ("mhc", 2, 32, 70, False),
