@@ -179,14 +179,14 @@ class Trainer:
     def _alive_after_forward(self) -> int:
         """Also what recompute holds for itself, which no hook sees."""
         weights = {StorageWeakRef(p.untyped_storage()) for p in self.model.parameters()}
-        with _Storages() as storages:
+        with Storages() as storages:
             loss = self.loss(self.tokens, self.labels)
             found = storages.alive(weights)
         del loss
         return found
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Every storage that an operation makes, as long as somebody holds it."""
 
     def __init__(self) -> None:

@@ -308,23 +308,6 @@ def boundary(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     parameters: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``boundary_and_statistics`` without what only its backward pass needs: H', x, write', keep'."""
-    return boundary_and_statistics(
-        form, streams, output, write, keep, projection, norm_weight, norm_bias, parameters
-    )[:4]
-
-
-def boundary_and_statistics(
-    form: Form,
-    streams: Tensor,
-    output: Tensor | None,
-    write: Tensor | None,
-    keep: Tensor | None,
-    projection: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    parameters: Sequence[Tensor],
 ) -> Seven:
     """H [T, N, D], Y [T, R, D], write [T, R, N], keep [T, N, N] -> H' [T, N, D], x [T, C], write', keep', and without
     gradients read' [T, N, R], the statistics and those of the norm (``empty_results``).
@@ -349,26 +332,15 @@ class _Known(torch.autograd.Function):
         return new.view_as(new), x.view_as(x), write.view_as(write), keep.view_as(keep)
 
 
-def known(
-    form: Form,
-    streams: Tensor,
-    output: Tensor | None,
-    write: Tensor | None,
-    keep: Tensor | None,
-    projection: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    parameters: Sequence[Tensor],
-    *results: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``boundary_and_statistics`` whose results are known, but for x: H', write', keep', read' and both statistics.
+def known(form: Form, inputs: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``boundary`` of ``inputs``, whose results but for x are known: H', write', keep', read' and both statistics.
 
     Nothing is computed, and x holds nothing. Autograd is given to keep what it keeps there, in the same order.
     """
-    new, next_write, next_keep, read, statistics, norm_statistics = results
+    *tensors, _, parameters = inputs  # the norm's bias is not kept
+    new, write, keep, *rest = results
     x = new.new_empty(1).expand(new.shape[0], form.num_reads * new.shape[2])
-    kept = (streams, output, write, keep, projection, norm_weight, new, read, statistics, norm_statistics)
-    return _Known.apply(x, new, next_write, next_keep, *kept, *parameters)
+    return _Known.apply(x, new, write, keep, *tensors, new, *rest, *parameters)
 
 
 def folds(form: Form, streams: Tensor, written: Sequence[Written]) -> list[Tensor]:

@@ -186,7 +186,7 @@ class _Replay:
 
     def boundary(self, run: RunBoundary, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
         results = next(self.known, None)
-        return run(form, *tensors) if results is None else known(form, *tensors, *results)
+        return run(form, *tensors) if results is None else known(form, tensors, results)
 
     def read(self, read: Read, carry: Carry, norm: Norm) -> tuple[Tensor | Reads, Carry]:
         return read(carry, norm)

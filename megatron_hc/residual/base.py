@@ -319,7 +319,7 @@ class LinearMix(Residual):
 
     def run_boundary(self, form: Form, *tensors: Any) -> tuple[Tensor, ...]:
         """The fused operation, with its arguments and results. Recompute of reads puts another in its place."""
-        return fused_kernel.boundary_and_statistics(form, *tensors)
+        return fused_kernel.boundary(form, *tensors)
 
     def fused_read(self, carry: Carry) -> FusedMix | None:
         """What the fused boundary does here, if it does; after the last layer only where kernels are Triton's.

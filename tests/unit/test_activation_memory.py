@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,35 +13,17 @@ import torch.nn.functional as F
 from helpers import VOCAB, build, random_tokens, small_config
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_hc.config import ParallelConfig
 from megatron_hc.model.gpt import GPT
 from megatron_hc.parallel.recompute_reads import best_interval
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+Storages = importlib.import_module("benchmark_steps").Storages
+sys.path.pop(0)
+
 SIZES = {"hidden_size": 64, "ffn_hidden_size": 192, "num_attention_heads": 4, "num_query_groups": 4, "seq_length": 64}
 RESIDUAL = {"recompute_granularity": "selective", "recompute_modules": ("residual",)}
-
-
-class Storages(TorchDispatchMode):
-    """Every storage that an operation makes, as long as somebody holds it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.found[StorageWeakRef(storage)] = storage.nbytes()
-        return result
-
-    def alive(self, without: set[StorageWeakRef]) -> int:
-        found = ((storage, size) for storage, size in self.found.items() if storage not in without)
-        return sum(size for storage, size in found if not storage.expired())
 
 
 def kept(model: GPT, length: int = 64) -> int:

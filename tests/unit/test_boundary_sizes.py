@@ -157,7 +157,7 @@ def results(form: Form, inputs: list, grads: list[Tensor], dtype: torch.dtype, d
         None if t is None else t.detach().to(of).requires_grad_() for t, of in zip(inputs[:7], narrow, strict=True)
     ]
     parameters = [p.detach().to(wide).requires_grad_() for p in inputs[7]]
-    outputs = boundary(form, *leaves, parameters)
+    outputs = boundary(form, *leaves, parameters)[:4]
     wanted = [t for t in (*leaves, *parameters) if t is not None]
     found = torch.autograd.grad(outputs, wanted, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
     return [t.detach().cpu() for t in (*outputs, *found)]
