@@ -18,6 +18,7 @@ from megatron_hc.backends import Fp8State, attach_backends, check_backends, chec
 from megatron_hc.checkpoint_access import check_not_locked, choose, locked
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
+from megatron_hc.cpu_memory import keep_freed_memory
 from megatron_hc.data import (
     Batch,
     Loader,
@@ -174,6 +175,8 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     if mesh is None:
         check_deepspeed(config, place_of().world_size)
         mesh = build_mesh(config)
+    if torch.device(mesh.device).type == "cpu":
+        keep_freed_memory()
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
         check_not_locked(config.checkpoint.save, mesh)

@@ -22,6 +22,7 @@ from benchmark_launch import launch
 from benchmark_report import Report, plot
 from benchmark_steps import CASES, steps
 
+from megatron_hc.cpu_memory import keep_freed_memory
 from megatron_hc.kernels.boundary import check_backend
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -119,6 +120,8 @@ def read_arguments() -> argparse.Namespace:
 def main() -> None:
     shape = read_arguments()
     torch.set_num_threads(shape.threads)
+    if shape.device == "cpu":
+        keep_freed_memory()  # as training does
     chosen = shape.dtype or ("bf16" if shape.device == "cuda" else "fp32")
     dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
     try:

@@ -71,6 +71,10 @@ inline void each_vector(int64_t D, F f) {
   if (d < D) f(d, D - d);
 }
 
+// Rows are too short for the processor's own prefetching to settle on them.
+template <typename S>
+inline void prefetch(const S* p) { __builtin_prefetch(p, 0, 2); }
+
 // Calls f with N as a constant, so that loops over streams are unrolled and sums stay in registers.
 template <typename F>
 void with_streams(int64_t N, F f) {
@@ -98,6 +102,7 @@ template <typename F>
 void each_chunk(int64_t T, F f) {
   int64_t chunks = (T + CHUNK - 1) / CHUNK;
   at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    at::AutoDispatchBelowADInplaceOrView guard;  // which the calling thread has, and another one has not
     for (int64_t c = first; c < last; ++c) f(c, c * CHUNK, std::min(T, (c + 1) * CHUNK));
   });
 }
@@ -116,6 +121,7 @@ void fold_token(const S* streams, const S* output, const float* write, const flo
   each_vector(D, [&](int64_t d, int64_t count) {
     Vec h[N];
     for (int i = 0; i < N; ++i) h[i] = load(streams + i * D + d, count);
+    for (int i = 0; i < N; ++i) prefetch(streams + (N + i) * D + d);
     Vec total[N];
     if (output == nullptr) {
       for (int j = 0; j < N; ++j) total[j] = h[j];
@@ -143,6 +149,41 @@ void fold_token(const S* streams, const S* output, const float* write, const flo
     }
 }
 
+// Sum of squares of a row without its mean (the difference of mean square and squared mean would cancel).
+template <typename S>
+float centred_square(const S* row, float mean, int64_t D) {
+  Vec squares = zero();
+  int64_t d = 0;
+  for (; d + W <= D; d += W) {
+    Vec v = load(row + d) - mean;
+    squares += v * v;
+  }
+  float tail = 0;
+  for (; d < D; ++d) tail += (widen(row[d]) - mean) * (widen(row[d]) - mean);
+  return sum(squares) + tail;
+}
+
+// The product of a row of D numbers with `count` <= 8 rows of W [count][D] into z.
+template <typename S, int B>
+void project_some(const S* row, const float* projection, int64_t D, float* z) {
+  Vec products[B];
+  for (int b = 0; b < B; ++b) products[b] = zero();
+  each_vector(D, [&](int64_t d, int64_t count) {
+    Vec h = load(row + d, count);
+    for (int b = 0; b < B; ++b) products[b] += h * load(projection + b * D + d, count);
+  });
+  for (int b = 0; b < B; ++b) z[b] = sum(products[b]);
+}
+
+// z [K] = W [K, D] row
+template <typename S>
+void project(const S* row, const float* projection, int64_t K, int64_t D, float* z) {
+  for (int64_t k = 0; k < K; k += MAX_STREAMS)
+    with_streams(std::min<int64_t>(MAX_STREAMS, K - k), [&](auto count) {
+      project_some<S, decltype(count)::value>(row, projection + k * D, D, z + k);
+    });
+}
+
 // -> H', statistics [T, rows, K + 2] or [0]
 std::tuple<Tensor, Tensor> enter(const Tensor& streams_, const std::optional<Tensor>& output_,
                                  const std::optional<Tensor>& write_, const std::optional<Tensor>& keep_,
@@ -161,6 +202,7 @@ std::tuple<Tensor, Tensor> enter(const Tensor& streams_, const std::optional<Ten
     const S *h = data<S>(streams), *y = data<S>(output);
     const float *w = data<float>(write), *k = data<float>(keep);
     S* result = data<S>(fresh);
+    const float* p = data<float>(projection);
     float* found = K ? data<float>(statistics) : nullptr;
     with_streams(N, [&](auto n) {
       constexpr int n_ = decltype(n)::value;
@@ -169,41 +211,22 @@ std::tuple<Tensor, Tensor> enter(const Tensor& streams_, const std::optional<Ten
         for (int64_t t = first; t < last; ++t) {
           fold_token<S, n_>(h + t * N * D, y ? y + t * R * D : nullptr, w + t * R * N, k + t * N * N,
                             result + t * N * D, D, R, K ? small : nullptr);
-          if (!K) continue;
           for (int64_t row = 0; row < rows; ++row) {
+            const S* values = result + t * N * D + row * width;
             float total = small[2 * row], square = small[2 * row + 1];
             if (rows == 1)
               for (int j = 1; j < n_; ++j) total += small[2 * j], square += small[2 * j + 1];
-            float* at = found + (t * rows + row) * (K + 2) + K;
+            float* at = found + (t * rows + row) * (K + 2);
             float mean = is_centred ? total / width : 0.f;
-            at[0] = mean;
-            at[1] = square / width;
+            at[K] = mean;
+            at[K + 1] = (is_centred ? centred_square(values, mean, width) : square) / width;
+            if (rows > 1) project(values, p, K, D, at);
           }
         }
-        if (!K) return;
-        // The chunk is in the cache; small matrix products are what a BLAS is good at.
+        if (rows != 1) return;
+        // Wide rows: W does not fit the nearest cache, and the chunk is in the next one; a matrix product is best.
         Tensor block = fresh.narrow(0, first, last - first).view({-1, width}).to(at::kFloat);
-        Tensor z = at::mm(block, transposed);
-        statistics.narrow(0, first, last - first).view({-1, K + 2}).narrow(1, 0, K).copy_(z);
-        if (is_centred) {
-          // The variance from centred rows: the difference of mean square and squared mean would cancel.
-          float* at = found + first * rows * (K + 2) + K;
-          const float* values = block.const_data_ptr<float>();
-          for (int64_t row = 0; row < block.size(0); ++row, at += K + 2) {
-            Vec squares = zero();
-            float mean = at[0], tail = 0;
-            int64_t d = 0;
-            for (; d + W <= width; d += W) {
-              Vec v = load(values + row * width + d) - mean;
-              squares += v * v;
-            }
-            for (; d < width; ++d) {
-              float v = values[row * width + d] - mean;
-              tail += v * v;
-            }
-            at[1] = (sum(squares) + tail) / width;
-          }
-        }
+        statistics.narrow(0, first, last - first).view({-1, K + 2}).narrow(1, 0, K).copy_(at::mm(block, transposed));
       });
     });
   });
@@ -223,7 +246,10 @@ std::pair<float, float> read_token(const S* fresh, const float* read, float* x, 
   for (int64_t r = 0; r < R; ++r)
     each_vector(D, [&](int64_t d, int64_t count) {
       Vec total = zero();
-      for (int i = 0; i < N; ++i) total += read[i * R + r] * load(fresh + i * D + d, count);
+      for (int i = 0; i < N; ++i) {
+        if (r == 0) prefetch(fresh + (N + i) * D + d);
+        total += read[i * R + r] * load(fresh + i * D + d, count);
+      }
       store(x + r * D + d, total, count);
       sums += total;
       squares += total * total;
@@ -367,10 +393,49 @@ void fold_backward_token(const float* grad, const S* streams, const S* output, c
   }
 }
 
+// The gradient of H' of one token into `total` [N D], what later readers (`g`), the read and the statistics make of it;
+// adds that of W [K][D] to `of_projection`. What flows through the logits is given in `of_rows` where W's rows are wide.
+template <typename S, int N>
+void fresh_gradient(const S* streams, const S* g, const float* dx, const float* read, const S* fresh, const float* of_rows, int64_t K,
+                    const float* projection, const float* of_z, float* of_projection, const float* scale,
+                    const float* offset, float* total, int64_t D, int64_t R) {
+  each_vector(D, [=](int64_t d, int64_t count) {
+    Vec v[N], row[N];
+    for (int j = 0; j < N; ++j) v[j] = g ? load(g + j * D + d, count) : zero();
+    for (int64_t r = 0; r < R; ++r) {
+      Vec x = load(dx + r * D + d, count);
+      for (int j = 0; j < N; ++j) v[j] += read[j * R + r] * x;
+    }
+    for (int j = 0; j < N; ++j) {
+      if (K) prefetch(fresh + (N + j) * D + d);
+      if (g) prefetch(g + (N + j) * D + d);
+      if (streams) prefetch(streams + j * D + d);
+    }
+    for (int j = 0; j < N; ++j) {
+      if (of_rows) v[j] += load(of_rows + j * D + d, count);
+      if (!K) continue;
+      row[j] = load(fresh + j * D + d, count);
+      v[j] += scale[j] * row[j] + offset[j];
+    }
+    if (of_projection)
+      for (int64_t k = 0; k < K; ++k) {
+        Vec w = load(projection + k * D + d, count), of_w = load(of_projection + k * D + d, count);
+        for (int j = 0; j < N; ++j) {
+          float z = of_z[j * (K + 2) + k];
+          v[j] += z * w;
+          of_w += z * row[j];
+        }
+        store(of_projection + k * D + d, of_w, count);
+      }
+    // Rounded, as it is where a stage boundary lies between the write and the read.
+    for (int j = 0; j < N; ++j) store(total + j * D + d, as_stored(v[j], fresh), count);
+  });
+}
+
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Gradients of H' (by later readers), x and the statistics -> of H, Y, write, keep and W
-Five enter_backward(const Tensor& g_fresh_, const Tensor& g_x_, const Tensor& read_, const Tensor& fresh,
+Five enter_backward(const std::optional<Tensor>& g_fresh_, const Tensor& g_x_, const Tensor& read_, const Tensor& fresh,
                     const Tensor& statistics, const Tensor& g_statistics_, const Tensor& streams_,
                     const std::optional<Tensor>& output_, const std::optional<Tensor>& write_,
                     const std::optional<Tensor>& keep_, const std::optional<Tensor>& projection_, bool is_centred) {
@@ -379,9 +444,10 @@ Five enter_backward(const Tensor& g_fresh_, const Tensor& g_x_, const Tensor& re
   Tensor projection = same(projection_);
   int64_t T = fresh.size(0), N = fresh.size(1), D = fresh.size(2), R = read.size(2);
   int64_t K = projection.defined() ? projection.size(0) : 0, width = K ? projection.size(1) : D;
-  int64_t rows = K ? N * D / width : N;
+  int64_t rows = K ? N * D / width : 0;
   auto small = read.options();
   Tensor g_streams = at::empty_like(fresh), g_output, g_write, g_keep;
+  Tensor partial = at::zeros({rows > 1 ? (T + CHUNK - 1) / CHUNK : 0, K, D}, small);
   bool has_output = output.defined();
   g_output = has_output ? at::empty_like(output) : at::empty({0}, small);
   g_write = has_output ? at::empty_like(write) : at::empty({0}, small);
@@ -390,43 +456,37 @@ Five enter_backward(const Tensor& g_fresh_, const Tensor& g_x_, const Tensor& re
     using S = decltype(scalar);
     const S *g = data<S>(g_fresh), *now = data<S>(fresh), *h = data<S>(streams), *y = data<S>(output);
     const float *dx = data<float>(g_x), *a = data<float>(read), *w = data<float>(write), *k = data<float>(keep);
-    const float *found = K ? data<float>(statistics) : nullptr, *of_found = K ? data<float>(g_statistics) : nullptr;
+    const float *found = data<float>(statistics), *of_found = data<float>(g_statistics), *p = data<float>(projection);
+    float* of_w = data<float>(partial);
     S *dh = data<S>(g_streams), *dy = has_output ? data<S>(g_output) : nullptr;
     float *dw = data<float>(g_write), *dk = data<float>(g_keep);
     with_streams(N, [&](auto n) {
       constexpr int n_ = decltype(n)::value;
-      each_chunk(T, [&](int64_t, int64_t first, int64_t last) {
+      each_chunk(T, [&](int64_t chunk, int64_t first, int64_t last) {
+        // What flows through the logits: a matrix product where rows are wide, else in the loop over tokens.
         Tensor through;
-        if (K) {
-          Tensor block = g_statistics.narrow(0, first, last - first).view({-1, K + 2});
-          through = at::mm(block.narrow(1, 0, K), projection);
-        }
-        const float* logits = K ? through.const_data_ptr<float>() : nullptr;
+        if (rows == 1)
+          through = at::mm(g_statistics.narrow(0, first, last - first).view({-1, K + 2}).narrow(1, 0, K), projection);
+        const float* logits = rows == 1 ? through.const_data_ptr<float>() : nullptr;
+        float* of_projection = rows > 1 ? of_w + chunk * K * D : nullptr;
         std::vector<float> total(N * D);
         for (int64_t t = first; t < last; ++t) {
+          float scale[n_], offset[n_];
           for (int j = 0; j < n_; ++j) {
-            int64_t row = rows == 1 ? 0 : j;
-            float scale = 0, offset = 0;
-            if (K) {
-              const float* at = of_found + (t * rows + row) * (K + 2) + K;
-              scale = at[1] * 2 / width;
-              if (is_centred) offset = at[0] / width - scale * found[(t * rows + row) * (K + 2) + K];
-            }
-            int64_t start = t * N * D + j * D;
-            each_vector(D, [&](int64_t d, int64_t count) {
-              Vec v = load(g + start + d, count);
-              for (int64_t r = 0; r < R; ++r)
-                v += a[(t * N + j) * R + r] * load(dx + (t * R + r) * D + d, count);
-              if (K) {
-                v += load(logits + start - first * N * D + d, count);
-                v += scale * load(now + start + d, count) + offset;
-              }
-              // Rounded, as it is where a stage boundary lies between the write and the read.
-              if (has_output) store(total.data() + j * D + d, as_stored(v, dh), count);
-              else store(dh + start + d, v, count);
-            });
+            scale[j] = offset[j] = 0;
+            if (!K) continue;
+            int64_t at = (t * rows + (rows == 1 ? 0 : j)) * (K + 2) + K;
+            scale[j] = of_found[at + 1] * 2 / width;
+            if (is_centred) offset[j] = of_found[at] / width - scale[j] * found[at];
           }
-          if (has_output)
+          const float* of_rows = logits ? logits + (t - first) * N * D : nullptr;
+          fresh_gradient<S, n_>(h + t * N * D, g ? g + t * N * D : nullptr, dx + t * R * D, a + t * N * R, now + t * N * D, of_rows, K,
+                                p, of_found + t * rows * (K + 2), of_projection, scale, offset, total.data(), D, R);
+          if (!has_output)
+            each_vector(N * D, [&](int64_t d, int64_t count) {
+              store(dh + t * N * D + d, load(total.data() + d, count), count);
+            });
+          else
             fold_backward_token<S, n_>(total.data(), h + t * N * D, y + t * R * D, w + t * R * N, k + t * N * N,
                                        dh + t * N * D, dy + t * R * D, dw + t * R * N, dk + t * N * N, D, R);
         }
@@ -434,10 +494,10 @@ Five enter_backward(const Tensor& g_fresh_, const Tensor& g_x_, const Tensor& re
     });
   });
   Tensor g_projection = at::zeros({0}, small);
-  if (K) {
-    Tensor z = g_statistics.view({-1, K + 2}).narrow(1, 0, K);
-    g_projection = at::mm(z.t(), fresh.view({-1, width}).to(at::kFloat));
-  }
+  if (rows == 1)
+    g_projection = at::mm(g_statistics.view({-1, K + 2}).narrow(1, 0, K).t(), fresh.view({-1, width}).to(at::kFloat));
+  else if (rows > 1)
+    g_projection = partial.sum(0);
   return {g_streams, g_output, g_write, g_keep, g_projection};
 }
 
@@ -479,7 +539,7 @@ TORCH_LIBRARY(megatron_hc_cpp, m) {
   m.def("leave(Tensor h, Tensor read, Tensor? weight, Tensor? bias, int norm, float eps) -> (Tensor, Tensor)");
   m.def("leave_backward(Tensor g, Tensor h, Tensor read, Tensor s, Tensor? weight, int norm) -> "
         "(Tensor, Tensor, Tensor)");
-  m.def("enter_backward(Tensor g, Tensor gx, Tensor read, Tensor h2, Tensor s, Tensor gs, Tensor h, Tensor? y, "
+  m.def("enter_backward(Tensor? g, Tensor gx, Tensor read, Tensor h2, Tensor s, Tensor gs, Tensor h, Tensor? y, "
         "Tensor? write, Tensor? keep, Tensor? w, bool centred) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fold(Tensor h, Tensor y, Tensor write, Tensor keep) -> Tensor");
   m.def("fold_backward(Tensor g, Tensor h, Tensor y, Tensor write, Tensor keep) -> (Tensor, Tensor, Tensor, Tensor)");

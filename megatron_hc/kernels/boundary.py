@@ -104,7 +104,7 @@ def _(
 
 @torch.library.custom_op("megatron_hc::boundary_backward", mutates_args=())
 def _boundary_backward(
-    g_new: Tensor,
+    g_new: Tensor | None,
     g_x: Tensor,
     g_write: Tensor,
     g_keep: Tensor,
@@ -136,6 +136,7 @@ def _boundary_backward(
     if hasattr(pieces, "backward"):
         written = (streams, output, write, keep, projection, norm_weight, list(parameters), _row_sums(form, projection))
         kept = (new, read, statistics, norm_statistics)
+        g_new = torch.zeros_like(new) if g_new is None else g_new
         found, g_norm, g_parameters = pieces.backward(form, g_new, g_x, g_write, g_keep, *written, *kept)
     else:
         g_mixed, g_read, g_norm = pieces.leave_backward(form, g_x, new, read, norm_statistics, norm_weight)
@@ -153,7 +154,7 @@ def _boundary_backward(
 
 @_boundary_backward.register_fake
 def _(
-    g_new: Tensor,
+    g_new: Tensor | None,
     g_x: Tensor,
     g_write: Tensor,
     g_keep: Tensor,
@@ -199,17 +200,22 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     streams, y, write, keep, projection, norm_weight, norm_bias, parameters, *form = inputs
     new, _, _, _, read, statistics, norm_statistics = output
     ctx.form, ctx.has_bias = form, norm_bias is not None
+    ctx.set_materialize_grads(False)  # nothing reads the streams after the last boundary
     ctx.mark_non_differentiable(read, statistics, norm_statistics)
     ctx.save_for_backward(
         streams, y, write, keep, projection, norm_weight, new, read, statistics, norm_statistics, *parameters
     )
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     streams, y, write, keep, projection, norm_weight, new, read, *rest = ctx.saved_tensors
     statistics, norm_statistics, *parameters = rest
+    (T, N, R), (g_new, g_x, g_write, g_keep, *_) = read.shape, grads
+    g_x = new.new_zeros(T, R * new.shape[2]) if g_x is None else g_x
+    g_write = read.new_zeros(T, R, N) if g_write is None else g_write
+    g_keep = read.new_zeros(T, N, N) if g_keep is None else g_keep
     found = torch.ops.megatron_hc.boundary_backward(
-        *(*grads[:4], streams, y, write, keep, projection, norm_weight, parameters),
+        *(g_new, g_x, g_write, g_keep, streams, y, write, keep, projection, norm_weight, parameters),
         *(new, read, statistics, norm_statistics, *ctx.form),
     )
     g_streams, g_y, g_write, g_keep, g_projection, g_weight, g_bias, *g_parameters = found

@@ -19,12 +19,16 @@ from megatron_hc.kernels.coefficients import Form
 from megatron_hc.kernels.norm import promote
 from megatron_hc.kernels.row_blocks import row_blocks
 
-BLOCK_ELEMENTS = 1 << 18  # numbers of H' that a thread has in flight: 1 MiB in fp32, for a core's cache
+BLOCK_ELEMENTS = 1 << 19  # numbers of H' that a thread has in flight: 2 MiB in fp32; half as many cost more in calls
 
 
 def blocks(streams: Tensor) -> list[slice]:
     """Runs of tokens of [T, N, D] streams."""
     return row_blocks(streams, BLOCK_ELEMENTS)
+
+
+def _longest(parts: Sequence[slice]) -> int:
+    return max((part.stop - part.start for part in parts), default=0)
 
 
 def enter(
@@ -68,7 +72,9 @@ def _fold_into(new: Tensor, streams: Tensor, output: Tensor, write: Tensor, keep
     """keep^T H + write^T Y, accumulated in the weights' dtype, rounded once."""
     wide = write.dtype
     total = new if new.dtype == wide else torch.empty(new.shape, dtype=wide, device=new.device)
-    torch.bmm(write.transpose(1, 2), output.to(wide), out=total)
+    # An outer product is faster as a broadcast than as a matrix product with a sum of one term.
+    outer = torch.mul if output.shape[1] == 1 else torch.bmm
+    outer(write.transpose(1, 2), output.to(wide), out=total)
     total.baddbmm_(keep.transpose(1, 2), streams.to(wide))
     if total is not new:
         new.copy_(total)
@@ -78,47 +84,74 @@ def leave(
     form: Form, new: Tensor, read: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """H', read [T, N, R], weight and bias [C] of the norm -> norm(read^T H') [T, C], its mean and 1 / rms [T, 2]."""
-    T, N, D = new.shape
-    C = form.num_reads * D
-    x = torch.empty(T, C, dtype=new.dtype, device=new.device)
-    found = torch.empty(T if form.norm else 0, 2, dtype=read.dtype, device=new.device)
-    for part in blocks(new):
-        wide_x = torch.bmm(read[part].transpose(1, 2), new[part].to(read.dtype)).view(-1, C)
+    (T, _, D), R, wide = new.shape, form.num_reads, read.dtype
+    x = torch.empty(T, R, D, dtype=new.dtype, device=new.device)
+    found = torch.empty(T if form.norm else 0, 2, dtype=wide, device=new.device)
+    parts = blocks(new)
+    scratch = x if x.dtype == wide else torch.empty(_longest(parts), R, D, dtype=wide, device=new.device)
+    for part in parts:
+        total = x[part] if scratch is x else scratch[: part.stop - part.start]
+        _read_into(total, new[part].to(wide), read[part])
         if form.norm:
-            wide_x = normed(form, wide_x, found[part], weight, bias)
-        x[part] = wide_x
-    return x, found
+            _norm_in_place(form, total.flatten(1), found[part], weight, bias)
+        if scratch is not x:
+            x[part] = total
+    return x.flatten(1), found
 
 
-def normed(form: Form, x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x [t, C] in wide -> its norm; mean (0 with RMSNorm) and 1 / rms of every row go to ``found`` [t, 2]."""
+def _read_into(total: Tensor, rows: Tensor, read: Tensor) -> None:
+    """H' [t, N, D] and read [t, N, R], both in wide -> read^T H' [t, R, D]."""
+    if read.shape[2] > 1:
+        torch.bmm(read.transpose(1, 2), rows, out=total)
+        return
+    x = total[:, 0]
+    torch.mul(rows[:, 0], read[:, 0], out=x)
+    for i in range(1, rows.shape[1]):
+        x.addcmul_(rows[:, i], read[:, i])
+
+
+def _norm_in_place(form: Form, x: Tensor, found: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """The norm of x [t, C] in wide; mean (0 with RMSNorm) and 1 / rms of every row go to ``found`` [t, 2]."""
     if form.norm == "LayerNorm":
-        y, mean, inverse = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, form.norm_eps)
-        found[:, :1], found[:, 1:] = mean, inverse
-        return y
-    length = torch.linalg.vector_norm(x, dim=-1)
-    inverse = torch.rsqrt(length * length / x.shape[-1] + form.norm_eps)
-    found[:, 0], found[:, 1] = 0, inverse
-    y = x * inverse.unsqueeze(-1)
-    return y if weight is None else y.mul_(weight)
-
-
-def norm_gradient(
-    form: Form, grad: Tensor, x: Tensor, found: Tensor, weight: Tensor | None, sums: Tensor, into: Tensor
-) -> None:
-    """From the gradient of the norm [t, C] to that of x, ``into``; adds weight's and bias's to ``sums`` [2, C]."""
-    if form.norm == "LayerNorm":
-        x = x - found[:, :1]
-        sums[1] += grad.sum(0)
-    hat = x * found[:, 1:]
+        var, mean = torch.var_mean(x, dim=-1, correction=0)
+        x.sub_(mean.unsqueeze(-1))
+    else:
+        length = torch.linalg.vector_norm(x, dim=-1)
+        var, mean = length * length / x.shape[-1], torch.zeros_like(length)
+    found[:, 0], found[:, 1] = mean, torch.rsqrt(var + form.norm_eps)
+    x.mul_(found[:, 1:])
     if weight is not None:
-        sums[0] += (grad * hat).sum(0)
-        grad = grad * weight
-    along = (grad * hat).mean(-1, keepdim=True)
-    result = grad - hat * along
+        x.mul_(weight)
+    if bias is not None:
+        x.add_(bias)
+
+
+def _norm_gradient(
+    form: Form, grad: Tensor, scratch: Tensor, found: Tensor, weight: Tensor | None, sums: Tensor, into: Tensor
+) -> None:
+    """From the gradient of the norm [t, C] to that of x, ``into``; adds weight's and bias's to ``sums`` [2, C].
+
+    ``scratch`` [2, t, C]: x, and room for as much; both are overwritten.
+    """
+    x, products = scratch
+    C, shift = x.shape[1], None
     if form.norm == "LayerNorm":
-        result -= grad.mean(-1, keepdim=True)
-    torch.mul(result, found[:, 1:], out=into)
+        sums[1] += grad.sum(0)
+        shift = grad.mean(-1, keepdim=True) if weight is None else grad.mv(weight).unsqueeze(-1) / C
+        x.sub_(found[:, :1])
+    hat = x.mul_(found[:, 1:])
+    torch.mul(grad, hat, out=products)
+    if weight is None:
+        along = products.mean(-1, keepdim=True)
+        into.copy_(grad)
+    else:
+        sums[0] += products.sum(0)
+        along = products.mv(weight).unsqueeze(-1) / C
+        torch.mul(grad, weight, out=into)
+    into.addcmul_(hat, along, value=-1)
+    if shift is not None:
+        into.sub_(shift)
+    into.mul_(found[:, 1:])
 
 
 def leave_backward(
@@ -130,11 +163,15 @@ def leave_backward(
     g_x = torch.empty(T, R, D, dtype=wide, device=new.device)
     g_read = torch.empty(T, N, R, dtype=wide, device=new.device)
     sums = torch.zeros(2, R * D, dtype=wide, device=new.device)
-    for part in blocks(new):
-        rows, g_block, into = new[part].to(wide), grad[part].to(wide), g_x[part].view(-1, R * D)
+    parts = blocks(new)
+    # One piece of memory for all blocks: new memory for each would be none of what is in the cache.
+    scratch = torch.empty(2, _longest(parts), R, D, dtype=wide, device=new.device)
+    for part in parts:
+        rows, g_block, into = new[part].to(wide), grad[part].to(wide), g_x[part].flatten(1)
         if form.norm:
-            x = torch.bmm(read[part].transpose(1, 2), rows).view(-1, R * D)
-            norm_gradient(form, g_block, x, found[part], weight, sums, into)
+            room = scratch[:, : part.stop - part.start]
+            _read_into(room[0], rows, read[part])
+            _norm_gradient(form, g_block, room.flatten(2), found[part], weight, sums, into)
         else:
             into.copy_(g_block)
         g_read[part] = rows @ g_x[part].transpose(1, 2)
@@ -143,7 +180,7 @@ def leave_backward(
 
 def enter_backward(
     form: Form,
-    g_new: Tensor,
+    g_new: Tensor | None,
     g_x: Tensor,
     read: Tensor,
     new: Tensor,
@@ -160,8 +197,11 @@ def enter_backward(
     wide = read.dtype
     g_streams, *written = empty_gradients(streams, output, write, keep)
     g_projection = torch.zeros(0, dtype=wide, device=new.device) if projection is None else torch.zeros_like(projection)
-    for part in blocks(new):
-        grad = torch.baddbmm(g_new[part].to(wide), read[part], g_x[part])  # [t, N, D]
+    parts = blocks(new)
+    scratch = torch.empty(_longest(parts), N, D, dtype=wide, device=new.device)
+    for part in parts:
+        grad = scratch[: part.stop - part.start]
+        _read_gradient_into(grad, None if g_new is None else g_new[part].to(wide), read[part], g_x[part])
         if projection is not None:
             _add_statistics_gradient(
                 form, grad, new[part].to(wide), projection, g_projection, statistics[part], g_statistics[part]
@@ -174,6 +214,18 @@ def enter_backward(
             results = [tensor[part] for tensor in (g_streams, *written)]
             _fold_gradient(results, grad, streams[part], output[part], write[part], keep[part])
     return g_streams, written[0], written[1], written[2], g_projection
+
+
+def _read_gradient_into(total: Tensor, grad: Tensor | None, read: Tensor, g_x: Tensor) -> None:
+    """``grad`` [t, N, D] and read [t, N, R] times the gradient of x [t, R, D]."""
+    if read.shape[2] > 1:
+        torch.bmm(read, g_x, out=total)
+        if grad is not None:
+            total += grad
+    elif grad is not None:
+        torch.addcmul(grad, read, g_x, out=total)
+    else:
+        torch.mul(read, g_x, out=total)
 
 
 def _add_statistics_gradient(

@@ -24,7 +24,11 @@ from megatron_hc.kernels.boundary_results import NORMS, Written
 from megatron_hc.kernels.coefficients import Form
 
 SOURCE = Path(__file__).with_name("boundary.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast")
+# Without -fopenmp at::parallel_for is a plain loop.
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"),
+    *("-fno-math-errno", "-ffp-contract=fast"),
+)
 
 
 @functools.cache

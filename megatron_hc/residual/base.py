@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels import boundary as fused_kernel
 from megatron_hc.kernels import boundary_listed
-from megatron_hc.kernels.coefficients import Form, wants_triton
+from megatron_hc.kernels.coefficients import Form
 from megatron_hc.kernels.norm import NormParts, is_one_pass_with_sum, norm_of_sum, promote
 
 Draw = Callable[[str, tuple[int, ...], float], Tensor]
@@ -322,10 +322,10 @@ class LinearMix(Residual):
         return fused_kernel.boundary(form, *tensors)
 
     def fused_read(self, carry: Carry) -> FusedMix | None:
-        """What the fused boundary does here, if it does; after the last layer only where kernels are Triton's.
+        """What the fused boundary does here, if it does.
 
-        There the streams are read with constant weights: the last write, the read-out and the final norm are one
-        boundary, of which only x is used.
+        After the last layer the streams are read with constant weights: the last write, the read-out and the final
+        norm are one boundary, of which only x is used.
         """
         if not self.is_fused(carry.stream):
             return None
@@ -337,8 +337,6 @@ class LinearMix(Residual):
             return None
         N, R = read.shape
         form = Form("tanh", N, R, False, False, 0.0, backend=self.site.config.fused_residual_backend)
-        if not wants_triton(form, carry.stream):
-            return None
         return FusedMix(form, None, (read, read.new_zeros(N, N), read.new_zeros(N)))
 
     def is_fused(self, stream: Tensor) -> bool:

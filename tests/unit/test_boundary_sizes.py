@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -267,6 +268,14 @@ def test_threads_change_no_bit(backend: str) -> None:
     # Of a matrix product over all tokens (W's gradient) only the order of sums may differ.
     for one, many in zip(*found, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
+
+
+def test_cpp_is_built_to_run_on_all_threads() -> None:
+    """``at::parallel_for`` is a plain loop in a library that was compiled without OpenMP, and nothing else tells."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    library = boundary_cpp.build().read_bytes()
+    assert b"GOMP_parallel" in library or b"__kmpc_fork_call" in library
 
 
 def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "megatron_hc"
 MAY_IMPORT: dict[str, set[str]] = {
     "backends": {"config", "kernels", "mesh", "model", "optim", "packages", "parallel", "stored"},
     "packages": set(),
+    "cpu_memory": set(),
     "config": {"pipeline_layout"},
     "pipeline_layout": set(),
     "cli_megatron": set(),

@@ -101,7 +101,9 @@ def test_a_fused_boundary_is_not_run_again(method: str, precision: str, norm: st
         model = randomise(build(config, precision, parallel=blocks(interval)))
         with counted() as names:
             loss, found = gradients(model, tokens)
-        assert names.count("boundary") == names.count("boundary_backward") == 8
+        # The last write, read-out and final norm are the ninth, which virtual width has not.
+        count = 8 + (method != "virtual-width")
+        assert names.count("boundary") == names.count("boundary_backward") == count
         assert loss.equal(expected[0])
         assert_same_bits(found, expected[1])
 
@@ -116,7 +118,7 @@ def test_a_norm_outside_of_the_boundary_runs_it_again() -> None:
             norm.bias = torch.nn.Parameter(torch.ones_like(norm.weight))
         with counted() as names:
             found.append(gradients(randomise(model), tokens)[1])
-    assert names.count("boundary") == 16
+    assert names.count("boundary") == 17  # the last one is not recomputed
     assert_same_bits(*found)
 
 
