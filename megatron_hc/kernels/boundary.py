@@ -6,8 +6,9 @@ Dims: T tokens, N streams, D width of one stream, R parts read and written (1; f
     (read', write', keep') = coefficients((z - mean(H') sum(W)) / sqrt(var(H') + eps))     x = norm(read'^T H')
 
 With RMSNorm mean is 0 and var the mean square. The norm is applied after the product, so that one pass over H' serves
-both. Saved are H, Y, H' (which the next boundary saves as its H) and the few numbers per token that coefficients are
-made of; x before its norm is made again. All contributions to the gradient of H' meet in one buffer.
+both. Saved are H, Y, H' (which the next boundary saves as its H; that of a read-out is folded again) and the few
+numbers per token that coefficients are made of; x before its norm is made again. All contributions to the gradient of
+H' meet in one buffer.
 
 ``boundary`` and ``fold`` are operations that torch knows (``torch.ops.megatron_hc``), so that torch.compile and the
 policies of selective checkpoints see them. The form of a boundary is spread over plain arguments for that reason.
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from megatron_hc.kernels import boundary_blocks, boundary_cpp
 from megatron_hc.kernels.boundary_results import Seven, Written, empty_gradients, empty_results
-from megatron_hc.kernels.coefficients import Form, Weights, coefficient_gradients, coefficients, wants_triton
+from megatron_hc.kernels.coefficients import READ_OUT, Form, Weights, coefficient_gradients, coefficients, wants_triton
 from megatron_hc.kernels.norm import promote
 
 
@@ -202,14 +203,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.form, ctx.has_bias = form, norm_bias is not None
     ctx.set_materialize_grads(False)  # nothing reads the streams after the last boundary
     ctx.mark_non_differentiable(read, statistics, norm_statistics)
+    kept = None if form[0] == READ_OUT and y is not None else new
     ctx.save_for_backward(
-        streams, y, write, keep, projection, norm_weight, new, read, statistics, norm_statistics, *parameters
+        streams, y, write, keep, projection, norm_weight, kept, read, statistics, norm_statistics, *parameters
     )
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     streams, y, write, keep, projection, norm_weight, new, read, *rest = ctx.saved_tensors
     statistics, norm_statistics, *parameters = rest
+    if new is None:
+        new = torch.ops.megatron_hc.fold(streams, y, write, keep, ctx.form[-1], ctx.form[0])
     (T, N, R), (g_new, g_x, g_write, g_keep, *_) = read.shape, grads
     g_x = new.new_zeros(T, R * new.shape[2]) if g_x is None else g_x
     g_write = read.new_zeros(T, R, N) if g_write is None else g_write

@@ -24,13 +24,13 @@ from torch import Tensor
 from megatron_hc.kernels import boundary_triton_kernels as kernels
 from megatron_hc.kernels.boundary_results import NORMS, empty_gradients, empty_results, pointer, unexpanded
 from megatron_hc.kernels.boundary_triton_folds import folds as folds  # one of this module's operations
-from megatron_hc.kernels.coefficients import Form
+from megatron_hc.kernels.coefficients import READ_OUT, Form
 from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, multiprocessors, sum_of_rows, take
 
 
 def can_do(form: Form, streams: Tensor) -> bool:
     """Static and dynamic weights that are tanh of row-wise logits, with every token's streams in one program."""
-    is_known = form.kind in ("tanh", "virtual") and form.num_streams <= 8
+    is_known = form.kind in ("tanh", "virtual", READ_OUT) and form.num_streams <= 8
     return is_known and streams.shape[1] * streams.shape[2] <= 1 << 16
 
 
@@ -90,7 +90,7 @@ def forward(
     T = streams.shape[0]
     results = empty_results(streams, form.num_reads, projection, form.norm)
     new, x, next_write, next_keep, read, statistics, norm_statistics = results
-    if form.kind == "tanh" and form.num_reads > 1:
+    if form.kind != "virtual" and form.num_reads > 1:
         next_write.zero_()  # but for its diagonal
     h, stride = unexpanded(streams)
     static, scales = ([p.contiguous() for p in some] for some in (parameters[:3], parameters[3:] or parameters[:2]))

@@ -241,8 +241,12 @@ def permutation_matrices(n: int, device: torch.device, dtype: torch.dtype) -> Te
     return torch.stack(rows, dim=1).to(dtype)
 
 
+READ_OUT = "read-out"
+"""Constant weights; H' has no other reader, so that it is not kept but folded again in the backward pass."""
+
 COEFFICIENTS: dict[str, tuple[Callable[..., Weights], Callable[..., Gradients]]] = {
     "tanh": (tanh_weights, _tanh_gradients),
+    READ_OUT: (tanh_weights, _tanh_gradients),
     "virtual": (virtual_weights, _virtual_gradients),
     "sinkhorn": (manifold_weights, _manifold_gradients),
     "permutations": (manifold_weights, _manifold_gradients),

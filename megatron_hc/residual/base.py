@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels import boundary as fused_kernel
 from megatron_hc.kernels import boundary_listed
-from megatron_hc.kernels.coefficients import Form
+from megatron_hc.kernels.coefficients import READ_OUT, Form
 from megatron_hc.kernels.norm import NormParts, is_one_pass_with_sum, norm_of_sum, promote
 
 Draw = Callable[[str, tuple[int, ...], float], Tensor]
@@ -336,7 +336,7 @@ class LinearMix(Residual):
         if read is None:
             return None
         N, R = read.shape
-        form = Form("tanh", N, R, False, False, 0.0, backend=self.site.config.fused_residual_backend)
+        form = Form(READ_OUT, N, R, False, False, 0.0, backend=self.site.config.fused_residual_backend)
         return FusedMix(form, None, (read, read.new_zeros(N, N), read.new_zeros(N)))
 
     def is_fused(self, stream: Tensor) -> bool:
