@@ -16,8 +16,8 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
 
     Activations are of the same sizes in every step. glibc returns them at each step's end, and the kernel then clears
     and maps every page anew: 40 thousand page faults and a tenth of a second per step of docs/benchmarks.md's small
-    model, most for methods that hold the most. Only for what is below 1 GiB. Nothing is done where the user has set
-    glibc's own variables for it, or where the C library has no such settings (musl, macOS).
+    model with hyper-connections. Only for what is below 1 GiB. Nothing is done where the user has set glibc's own
+    variables for it, or where the C library has no such settings (musl, macOS).
     """
     if any(environment.get(name) for name in OF_THE_USER):
         return False

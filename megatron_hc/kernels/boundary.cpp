@@ -71,7 +71,7 @@ inline void each_vector(int64_t D, F f) {
   if (d < D) f(d, D - d);
 }
 
-// Rows are too short for the processor's own prefetching to settle on them.
+// The next token's rows, into the second cache: rows are too short for the processor's own prefetching to settle on.
 template <typename S>
 inline void prefetch(const S* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -394,11 +394,12 @@ void fold_backward_token(const float* grad, const S* streams, const S* output, c
 }
 
 // The gradient of H' of one token into `total` [N D], what later readers (`g`), the read and the statistics make of it;
-// adds that of W [K][D] to `of_projection`. What flows through the logits is given in `of_rows` where W's rows are wide.
+// adds that of W [K][D] to `of_projection`. What flows through the logits is given in `of_rows` where W's rows are
+// wide. `streams` are read next, and only fetched here.
 template <typename S, int N>
-void fresh_gradient(const S* streams, const S* g, const float* dx, const float* read, const S* fresh, const float* of_rows, int64_t K,
-                    const float* projection, const float* of_z, float* of_projection, const float* scale,
-                    const float* offset, float* total, int64_t D, int64_t R) {
+void fresh_gradient(const S* streams, const S* g, const float* dx, const float* read, const S* fresh,
+                    const float* of_rows, int64_t K, const float* projection, const float* of_z, float* of_projection,
+                    const float* scale, const float* offset, float* total, int64_t D, int64_t R) {
   each_vector(D, [=](int64_t d, int64_t count) {
     Vec v[N], row[N];
     for (int j = 0; j < N; ++j) v[j] = g ? load(g + j * D + d, count) : zero();
@@ -409,7 +410,7 @@ void fresh_gradient(const S* streams, const S* g, const float* dx, const float* 
     for (int j = 0; j < N; ++j) {
       if (K) prefetch(fresh + (N + j) * D + d);
       if (g) prefetch(g + (N + j) * D + d);
-      if (streams) prefetch(streams + j * D + d);
+      prefetch(streams + j * D + d);
     }
     for (int j = 0; j < N; ++j) {
       if (of_rows) v[j] += load(of_rows + j * D + d, count);
@@ -480,8 +481,9 @@ Five enter_backward(const std::optional<Tensor>& g_fresh_, const Tensor& g_x_, c
             if (is_centred) offset[j] = of_found[at] / width - scale[j] * found[at];
           }
           const float* of_rows = logits ? logits + (t - first) * N * D : nullptr;
-          fresh_gradient<S, n_>(h + t * N * D, g ? g + t * N * D : nullptr, dx + t * R * D, a + t * N * R, now + t * N * D, of_rows, K,
-                                p, of_found + t * rows * (K + 2), of_projection, scale, offset, total.data(), D, R);
+          fresh_gradient<S, n_>(h + t * N * D, g ? g + t * N * D : nullptr, dx + t * R * D, a + t * N * R,
+                                now + t * N * D, of_rows, K, p, of_found + t * rows * (K + 2), of_projection, scale,
+                                offset, total.data(), D, R);
           if (!has_output)
             each_vector(N * D, [&](int64_t d, int64_t count) {
               store(dh + t * N * D + d, load(total.data() + d, count), count);
