@@ -345,7 +345,8 @@ class _Known(torch.autograd.Function):
 def known(form: Form, inputs: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``boundary`` of ``inputs``, whose results but for x are known: H', write', keep', read' and both statistics.
 
-    Nothing is computed, and x holds nothing. Autograd is given to keep what it keeps there, in the same order.
+    Nothing is computed, and x holds nothing. Autograd is given to keep what it keeps of a sublayer's boundary, in the
+    same order.
     """
     *tensors, _, parameters = inputs  # the norm's bias is not kept
     new, write, keep, *rest = results

@@ -85,18 +85,18 @@ def leave(
 ) -> tuple[Tensor, Tensor]:
     """H', read [T, N, R], weight and bias [C] of the norm -> norm(read^T H') [T, C], its mean and 1 / rms [T, 2]."""
     (T, _, D), R, wide = new.shape, form.num_reads, read.dtype
-    x = torch.empty(T, R, D, dtype=new.dtype, device=new.device)
+    x = torch.empty(T, R * D, dtype=new.dtype, device=new.device)
     found = torch.empty(T if form.norm else 0, 2, dtype=wide, device=new.device)
     parts = blocks(new)
-    scratch = x if x.dtype == wide else torch.empty(_longest(parts), R, D, dtype=wide, device=new.device)
+    scratch = x if x.dtype == wide else torch.empty(_longest(parts), R * D, dtype=wide, device=new.device)
     for part in parts:
         total = x[part] if scratch is x else scratch[: part.stop - part.start]
-        _read_into(total, new[part].to(wide), read[part])
+        _read_into(total.view(-1, R, D), new[part].to(wide), read[part])
         if form.norm:
-            _norm_in_place(form, total.flatten(1), found[part], weight, bias)
+            _norm_in_place(form, total, found[part], weight, bias)
         if scratch is not x:
             x[part] = total
-    return x.flatten(1), found
+    return x, found
 
 
 def _read_into(total: Tensor, rows: Tensor, read: Tensor) -> None:
@@ -165,7 +165,7 @@ def leave_backward(
     sums = torch.zeros(2, R * D, dtype=wide, device=new.device)
     parts = blocks(new)
     # One piece of memory for all blocks: new memory for each would be none of what is in the cache.
-    scratch = torch.empty(2, _longest(parts), R, D, dtype=wide, device=new.device)
+    scratch = torch.empty(2, _longest(parts) if form.norm else 0, R, D, dtype=wide, device=new.device)
     for part in parts:
         rows, g_block, into = new[part].to(wide), grad[part].to(wide), g_x[part].flatten(1)
         if form.norm:

@@ -1,7 +1,7 @@
 """The large parts of a boundary in C++ for CPUs, built at first use; signatures and meaning as ``boundary_blocks``.
 
 One shared library per source, torch and machine is kept in torch's folder of extensions ($TORCH_EXTENSIONS_DIR, or
-~/.cache/torch_extensions). Only a C++ compiler is needed ($CXX, or c++).
+~/.cache/torch_extensions). Only a C++ compiler with OpenMP is needed ($CXX, or c++).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def build() -> Path:
         done = subprocess.run([*command, str(SOURCE), *linked, "-o", str(built)], capture_output=True, text=True)
         if done.returncode != 0:
             raise ValueError(
-                f"--fused-residual-backend cpp: {compiler} failed on {SOURCE} ({done.stderr.strip()[-2000:]}): use "
+                f"--fused-residual-backend cpp: {compiler} failed on {SOURCE}, which needs OpenMP "
+                f"({done.stderr.strip()[-2000:]}): install or name another compiler with CXX, or use "
                 "--fused-residual-backend torch"
             )
         built.replace(library)

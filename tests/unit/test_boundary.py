@@ -60,7 +60,7 @@ def run(
     with counted() as names:
         hidden = model(tokens)
         model.output.loss(hidden, tokens, torch.full((3, 8), 1 / 24)).backward()
-    # The last write and the final norm are one more boundary, but for read-outs with parameters or over fractions.
+    # The last write and the final norm are one more boundary, but for virtual width's own read-out.
     is_last_fused = fused and form["residual_connection"] != "virtual-width"
     expected = 2 * config.num_layers + is_last_fused if fused else 0
     assert names.count("boundary") == names.count("boundary_backward") == expected
