@@ -21,11 +21,13 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_hc.kernels import boundary_triton_kernels as kernels
+from megatron_hc.kernels import boundary_triton_backward_kernels as kernels
 from megatron_hc.kernels.boundary_results import NORMS, empty_gradients, empty_results, pointer, unexpanded
 from megatron_hc.kernels.boundary_triton_folds import folds as folds  # one of this module's operations
+from megatron_hc.kernels.boundary_triton_kernels import forward as forward_kernel
+from megatron_hc.kernels.boundary_triton_kernels import weights
 from megatron_hc.kernels.coefficients import READ_OUT, Form
-from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, multiprocessors, sum_of_rows, take
+from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, multiprocessors, projection_gradient, sum_of_rows, take
 
 
 def can_do(form: Form, streams: Tensor) -> bool:
@@ -60,18 +62,31 @@ def row_options(constants: dict[str, Any]) -> dict[str, Any]:
     return {"num_warps": max(1, min(16, constants["NP"] * constants["DP"] // 2048))}
 
 
-def streams_options(form: Form, constants: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Columns of a program of ``backward_streams``, one warp, and its programs per multiprocessor.
+def streams_options(form: Form, constants: dict[str, Any]) -> dict[str, Any]:
+    """Of ``backward_streams``, a token per warp: columns of a thread, whether a token's numbers are held in registers.
 
-    A thread takes so many columns as its 255 registers have room for; where W is held they are nearly full.
+    A thread's 255 registers have them, its parts of the sums over D, and some vectors of every stream and part.
     """
-    holds_projection = constants["IS_DYNAMIC"] and not form.is_joint
-    logits = constants["K"] if holds_projection else 0
-    held = 2 * logits + 2 * form.num_reads + 3 * form.num_streams  # vectors: W, its gradient, the norm's, the streams'
-    width = constants["V"]
-    while width > 1 and width * held > 210:
+    N, R, K = constants["N"], constants["R"], constants["K"]
+    logits = N * (K + 2) if constants["IS_DYNAMIC"] and not form.is_joint else 0
+    sums, numbers, vectors = (N + R) * N, N * N + 2 * N * R + logits, 3 * N + 2 * R
+    width, is_held = constants["V"], numbers + sums <= 120
+    taken = sums + (numbers if is_held else 0)
+    while width > 1 and taken + width * vectors > 220:
         width //= 2
-    return {"E": 32 * width, "V": width, "num_warps": 1}, 8 if holds_projection else 12
+    return {"E": 32 * width, "V": width, "IS_HELD": is_held, "STAGES": 1, "num_warps": 1}
+
+
+def forward_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """Of ``forward``: 64 numbers of x in a thread, and as many columns at a time as registers have room for."""
+    N, R, K = constants["N"], constants["R"], constants["K"]
+    num_warps = max(1, min(16, constants["RP"] * constants["DP"] // 2048))
+    sums, numbers = N * (K + 1) if constants["IS_DYNAMIC"] else 0, N * N + N * R
+    width, is_held = constants["V"], numbers + sums <= 120
+    taken = sums + (numbers if is_held else 0)
+    while width > 1 and taken + width * (2 * N + R) > 220:
+        width //= 2
+    return {"E": 32 * num_warps * width, "V": width, "IS_HELD": is_held, "STAGES": 1, "num_warps": num_warps}
 
 
 def forward(
@@ -95,21 +110,17 @@ def forward(
     h, stride = unexpanded(streams)
     static, scales = ([p.contiguous() for p in some] for some in (parameters[:3], parameters[3:] or parameters[:2]))
     constants, sums = constants_of(form, streams, projection), pointer(row_sums, x)
-    KP = constants["KP"]
-    if constants["NP"] * KP > 128:
-        KP = triton.next_power_of_2(constants["K"])  # a thread has no registers for 256 sums, if 128 do
-    kernels.forward[(T,)](
+    forward_kernel[(T,)](
         *(h, pointer(output, h), pointer(write, x), pointer(keep, x), pointer(projection, x), sums),
         *(static[0], scales[0], pointer(norm_weight, x), pointer(norm_bias, x), new, x, statistics, norm_statistics),
         *(form.eps, form.norm_eps, stride),
-        **take(constants, "N", "D", "R", "K", "NP", "DP", "V", "NORM"),
+        **take(constants, "N", "D", "R", "K", "DP", "NORM"),
         **take(constants, "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES", "IS_COMPILED"),
         HAS_OUTPUT=output is not None,
         HAS_BIAS=norm_bias is not None,
-        KP=KP,
-        **row_options(constants),
+        **forward_options(constants),
     )
-    kernels.weights[(triton.cdiv(T, 16),)](
+    weights[(triton.cdiv(T, 16),)](
         *(statistics, sums, *static, *scales, read, next_write, next_keep, T, form.eps),
         **take(constants, "N", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES"),
         M=16,
@@ -137,12 +148,12 @@ def backward(
     norm_statistics: Tensor,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """-> gradients of H, Y, write, keep, W ([0] where absent), [2, C] of the norm's weight and bias, of parameters."""
-    (T, N, D), R, is_dynamic = new.shape, form.num_reads, projection is not None
+    (T, N, D), is_dynamic = new.shape, projection is not None
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_new, g_x, g_write, g_keep = (g.contiguous() for g in (g_new, g_x, g_write, g_keep))
     constants = constants_of(form, streams, projection)
     K = constants["K"]
-    g_read, g_norm = backward_of_read(form, g_x, new, norm_weight, read, norm_statistics)
+    g_read, of_norm, g_norm = backward_of_read(form, g_x, new, norm_weight, read, norm_statistics)
     programs = min(triton.cdiv(T, 16), 2 * multiprocessors(new.device))
     g_z, sums = torch.empty_like(statistics), torch.empty(programs, 3, N, K, **wide)
     kernels.backward_weights[(programs,)](
@@ -154,18 +165,15 @@ def backward(
         num_warps=8 if constants["HAS_MATRICES"] and constants["NP"] * constants["KP"] > 128 else 4,  # without spills
     )
     inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
-    found, of_columns = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))
+    found = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))
     of_static, of_scale, of_sums = sum_of_rows(sums)
     g_parameters = parameter_gradients(form, of_static, of_scale if is_dynamic else None)
-    g_projection = of_columns[:0]
+    g_projection = torch.empty(0, **wide)
     if is_dynamic:
-        g_projection = of_columns[:K]
+        g_projection = projection_gradient(g_z.view(T * N, K + 2), new.view(T * N, D), K)
         if row_sums is not None:
             g_projection = g_projection + of_sums.sum(0).unsqueeze(-1)
-        of_columns = of_columns[K:]
-    of_norm = torch.zeros(2, R * D, **wide)
-    of_norm[: NORMS[form.norm]] = of_columns.view(NORMS[form.norm], R * D)
-    return [*found, g_projection if is_dynamic else torch.empty(0, **wide)], of_norm, g_parameters
+    return [*found, g_projection], of_norm, g_parameters
 
 
 def parameter_gradients(form: Form, of_static: Tensor, of_scale: Tensor | None) -> list[Tensor]:
@@ -182,54 +190,43 @@ def parameter_gradients(form: Form, of_static: Tensor, of_scale: Tensor | None) 
 
 def backward_of_read(
     form: Form, g_x: Tensor, new: Tensor, norm_weight: Tensor | None, read: Tensor, norm_statistics: Tensor
-) -> tuple[Tensor, Tensor]:
-    """-> gradient of read, and what its norm takes off the gradient of x [T, 2] (``backward_read``)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of read and, [2, C], of the norm's weight and bias; what it takes off that of x [T, 2]."""
+    (T, _, D), R, rows = new.shape, form.num_reads, NORMS[form.norm]
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_read, g_norm = torch.empty_like(read), torch.empty_like(norm_statistics)
     constants = constants_of(form, new, None)
-    kernels.backward_read[(new.shape[0],)](
-        *(g_x, new, pointer(norm_weight, read), read, norm_statistics, g_read, g_norm),
+    options = row_options({**constants, "NP": triton.next_power_of_2(form.num_streams + (R if R > 1 else 0))})
+    programs = min(T, max(1, 16 // options["num_warps"]) * multiprocessors(new.device))
+    partial = torch.empty(programs, rows, R * D, **wide)
+    kernels.backward_read[(programs,)](
+        *(g_x, new, pointer(norm_weight, read), read, norm_statistics, g_read, g_norm, partial, T),
         **take(constants, "N", "D", "R", "NP", "RP", "DP", "V", "NORM"),
-        **row_options(constants),
+        **options,
     )
-    return g_read, g_norm
+    of_norm = torch.zeros(2, R * D, **wide)
+    if rows:
+        of_norm[:rows] = sum_of_rows(partial)
+    return g_read, of_norm, g_norm
 
 
 def backward_of_streams(
     form: Form, constants: dict[str, Any], inputs: tuple[Any, ...], small: tuple[Tensor, ...]
-) -> tuple[list[Tensor], Tensor]:
-    """-> gradients of H, Y, write and keep; sums over tokens [K + NORM R, D]: of W and of the norm's weight and bias.
+) -> list[Tensor]:
+    """-> gradients of H, Y, write and keep.
 
     ``inputs``: the gradients of H' and x, then H, Y, write, keep, W and the norm's weight; ``small``: read, the norm's
     statistics, what ``backward_read`` and what ``backward_weights`` found.
     """
     g_new, g_x, streams, output, write, keep, projection, norm_weight = inputs
-    (T, N, D), R, read = g_new.shape, form.num_reads, small[0]
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": g_new.device}
-    g_streams, g_output, g_write, g_keep = empty_gradients(streams, output, write, keep)
+    read, found = small[0], empty_gradients(streams, output, write, keep)
     h, stride = unexpanded(streams)
-    options, per_multiprocessor = streams_options(form, constants)
-    blocks = triton.cdiv(D, options["E"])
-    programs = max(1, min(T, per_multiprocessor * multiprocessors(h.device) // blocks))
-    written = torch.empty(T if output is not None else 0, blocks, N + R, N, **wide)
-    rows = (constants["K"] if projection is not None and not form.is_joint else 0) + NORMS[form.norm] * R
-    partial = torch.empty(programs, rows, D, **wide)
-    of_streams = take(constants, "N", "D", "R", "K", "NP", "RP", "IS_DYNAMIC", "IS_CENTRED", "NORM", "IS_COMPILED")
-    kernels.backward_streams[(blocks, programs)](
+    kernels.backward_streams[(g_new.shape[0],)](
         *(g_new, g_x, h, pointer(output, h), pointer(write, read), pointer(keep, read), pointer(projection, read)),
-        *(pointer(norm_weight, read), *small, g_streams, g_output, written, partial, T, stride),
-        **of_streams,
+        *(pointer(norm_weight, read), *small, *found, stride),
+        **take(constants, "N", "D", "R", "K", "IS_DYNAMIC", "IS_CENTRED", "NORM", "IS_COMPILED"),
         HAS_OUTPUT=output is not None,
         IS_JOINT=form.is_joint,
-        **options,
+        **streams_options(form, constants),
     )
-    if output is not None:
-        kernels.sum_of_blocks[(triton.cdiv(T, 16),)](
-            *(written, g_write, g_keep, T),
-            BLOCKS=blocks,
-            N=N,
-            R=R,
-            AP=triton.next_power_of_2(N + R),
-            NP=constants["NP"],
-            M=16,
-        )
-    return [g_streams, g_output, g_write, g_keep], sum_of_rows(partial)
+    return list(found)

@@ -102,7 +102,7 @@ def forward(
     bias = parameters[0].contiguous()
     kernels.weights[(triton.cdiv(T, 32),)](
         *(sums, statistics, parameters[-1], bias, read, next_write, next_keep, T, form.eps),
-        **take(constants, "N", "D", "K", "KP", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
+        **take(constants, "N", "K", "KP", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
         **{"M": 32, "PARTS": PARTS, "num_warps": 1},
     )
     kernels.read_and_norm[(T,)](
@@ -139,13 +139,13 @@ def backward(
     g_new, g_x, g_write, g_keep = (g.contiguous() for g in (g_new, g_x, g_write, g_keep))
     constants = _constants(form, streams, projection)
     K = constants["K"]
-    g_read, g_norm = boundary_triton.backward_of_read(form, g_x, new, norm_weight, read, norm_statistics)
+    g_read, of_norm, g_norm = boundary_triton.backward_of_read(form, g_x, new, norm_weight, read, norm_statistics)
     g_z, scratch = torch.empty_like(statistics), torch.empty(2 * form.iterations * N, T, **wide)
     of_tokens = torch.empty(triton.cdiv(T, 32), 2, K, **wide)
     bias = parameters[0].contiguous()
     kernels.backward_weights[(triton.cdiv(T, 32),)](
-        *(g_read, g_write, g_keep, statistics, parameters[-1], bias, g_z, scratch, of_tokens, T, form.eps),
-        **take(constants, "N", "D", "K", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
+        *(g_read, g_write, g_keep, statistics, parameters[-1], bias, g_z, scratch, of_tokens, T, form.eps, N * D),
+        **take(constants, "N", "K", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
         **{"M": 32, "num_warps": 1},
     )
     of_bias, of_alpha = sum_of_rows(of_tokens)
@@ -161,9 +161,6 @@ def backward(
         )
         g_new = with_product
     inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
-    found, of_columns = boundary_triton.backward_of_streams(
-        form, boundary_triton.constants_of(form, streams, projection), inputs, (read, norm_statistics, g_norm, g_z)
-    )
-    of_norm = torch.zeros(2, D, **wide)
-    of_norm[: NORMS[form.norm]] = of_columns
+    of_rows = boundary_triton.constants_of(form, streams, projection)
+    found = boundary_triton.backward_of_streams(form, of_rows, inputs, (read, norm_statistics, g_norm, g_z))
     return [*found, g_projection], of_norm, g_parameters

@@ -61,7 +61,7 @@ def fold(  # type: ignore[no-untyped-def]
         tl.store(statistics + t * (K + 2) + (K + 1), tl.sum(square, 0) / (N * D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def logits(  # type: ignore[no-untyped-def]
     rows, w, sums, num_tokens,
     WIDTH: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, E: tl.constexpr,
@@ -89,7 +89,7 @@ def logits(  # type: ignore[no-untyped-def]
     tl.store(into, z, mask=is_token & (column < K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def with_product(  # type: ignore[no-untyped-def]
     g_new, g_z, w, result, num_tokens,
     WIDTH: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, E: tl.constexpr, IS_SPLIT: tl.constexpr,
@@ -170,10 +170,10 @@ def _logit(  # type: ignore[no-untyped-def]
     return value, normed, inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def weights(  # type: ignore[no-untyped-def]
     sums, statistics, alpha, bias, read, write, keep, num_tokens, eps,
-    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, ITERATIONS: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, ITERATIONS: tl.constexpr,
     FLOOR: tl.constexpr, IS_DYNAMIC: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A token per thread: the statistics from their parts, then the weights."""
@@ -235,10 +235,10 @@ def read_and_norm(  # type: ignore[no-untyped-def]
     tl.store(x + t * D + d, rounded(value, x.dtype.element_ty, IS_COMPILED), mask=column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "width"])
 def backward_weights(  # type: ignore[no-untyped-def]
-    g_read, g_write, g_keep, statistics, alpha, bias, g_z, sums, partial, num_tokens, eps,
-    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ITERATIONS: tl.constexpr,
+    g_read, g_write, g_keep, statistics, alpha, bias, g_z, sums, partial, num_tokens, eps, width,
+    N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ITERATIONS: tl.constexpr,
     FLOOR: tl.constexpr, IS_DYNAMIC: tl.constexpr,
 ):  # fmt: skip
     """A token per thread. ``g_z`` [T, K + 2]: gradients of z, 0, and of the mean square times 2 / (N D).
@@ -299,7 +299,7 @@ def backward_weights(  # type: ignore[no-untyped-def]
         along += _give(g, normed, inverse, alpha, g_z, into, t, here, k, N, K, IS_DYNAMIC)
     if IS_DYNAMIC:
         tl.store(g_z + t * (K + 2) + K, tl.zeros([M], tl.float32), mask=here)
-        tl.store(g_z + t * (K + 2) + (K + 1), along * (-1.0 / (N * D)), mask=here)
+        tl.store(g_z + t * (K + 2) + (K + 1), -along / width, mask=here)
 
 
 @triton.jit

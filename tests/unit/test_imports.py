@@ -92,8 +92,8 @@ ALWAYS_THERE = {"torch", "numpy", "packaging", "yaml", "safetensors", "sentencep
 """The libraries that setup.py installs without an extra."""
 
 KERNEL_NAMES = ("boundary_triton", "boundary_triton_joint", "cross_entropy_triton", "norm_triton", "rope_triton")
-KERNEL_NAMES += ("boundary_triton_folds", "boundary_triton_joint_kernels", "boundary_triton_kernels", "swiglu_triton")
-KERNEL_NAMES += ("triton_pieces",)
+KERNEL_NAMES += ("boundary_triton_backward_kernels", "boundary_triton_folds", "boundary_triton_joint_kernels")
+KERNEL_NAMES += ("boundary_triton_kernels", "swiglu_triton", "triton_pieces")
 KERNEL_FILES = {f"kernels/{name}.py": {"triton"} for name in KERNEL_NAMES}
 """Files that are kernels of an optional library, whose decorators need it; they are imported by functions only."""
 
