@@ -62,6 +62,17 @@ def row_options(constants: dict[str, Any]) -> dict[str, Any]:
     return {"num_warps": max(1, min(16, constants["NP"] * constants["DP"] // 2048))}
 
 
+def read_options(constants: dict[str, Any]) -> dict[str, Any]:
+    """Of ``backward_read``: a thread holds 64 columns of the gradient of the norm's parameters."""
+    N, R, kinds = constants["N"], constants["R"], constants["NORM"]
+    num_warps = max(1, min(16, constants["RP"] * constants["DP"] * max(1, kinds) // 2048))
+    held = R * max(1, kinds) * -(-constants["D"] // (32 * num_warps))
+    width, taken = constants["V"], held + (2 * N * R + N * R + (R + N if kinds == 2 else 0))
+    while width > 1 and taken + width * (N + 2 * R) > 200:
+        width //= 2
+    return {"E": 32 * num_warps * width, "V": width, "num_warps": num_warps}
+
+
 def streams_options(form: Form, constants: dict[str, Any]) -> dict[str, Any]:
     """Of ``backward_streams``, a token per warp: columns of a thread, whether a token's numbers are held in registers.
 
@@ -196,12 +207,12 @@ def backward_of_read(
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_read, g_norm = torch.empty_like(read), torch.empty_like(norm_statistics)
     constants = constants_of(form, new, None)
-    options = row_options({**constants, "NP": triton.next_power_of_2(form.num_streams + (R if R > 1 else 0))})
-    programs = min(T, max(1, 16 // options["num_warps"]) * multiprocessors(new.device))
+    options = read_options(constants)
+    programs = min(T, max(1, 12 // options["num_warps"]) * multiprocessors(new.device))
     partial = torch.empty(programs, rows, R * D, **wide)
     kernels.backward_read[(programs,)](
         *(g_x, new, pointer(norm_weight, read), read, norm_statistics, g_read, g_norm, partial, T),
-        **take(constants, "N", "D", "R", "NP", "RP", "DP", "V", "NORM"),
+        **take(constants, "N", "D", "R", "NORM"),
         **options,
     )
     of_norm = torch.zeros(2, R * D, **wide)

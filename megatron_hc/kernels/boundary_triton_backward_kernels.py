@@ -6,116 +6,111 @@ import triton
 import triton.language as tl
 
 from megatron_hc.kernels.boundary_triton_kernels import one_of, place_in_write, scalars, scales_of
-from megatron_hc.kernels.triton_pieces import part_of_sum, pick, rounded, sums_of, tanh
+from megatron_hc.kernels.triton_pieces import part_of_sum, rounded, tanh
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def backward_read(  # type: ignore[no-untyped-def]
     g_x, new, norm_weight, read, norm_statistics, g_read, g_norm, partial, num_tokens,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr,
-    V: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, E: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th token: gradient of read, what the norm takes off that of x, the norm's parameters'.
 
     With g = dx times the norm's weight, the gradient of x before the norm is (g - hat along - offset) / rms, where
     along = mean(g hat) and offset = mean(g), stored in ``g_norm`` [T, 2]. A sum over D of that and a stream of H' is
     made of the sums of g and the stream, and of hat and the stream. ``partial`` [programs, NORM, R, D]: of the norm's
-    weight and of its bias.
+    weight and of its bias, whose columns a thread keeps, E at a time.
     """
-    P: tl.constexpr = DP // V
-    C: tl.constexpr = R * D
-    d = tl.arange(0, DP)
-    column = d < D
+    P: tl.constexpr = E // V
+    BLOCKS: tl.constexpr = (D + E - 1) // E
     of_weight = ()
     of_bias = ()
-    if NORM > 0:
-        for _ in tl.static_range(R):
-            of_weight = of_weight + (tl.zeros([DP], tl.float32),)
-            if NORM == 2:
-                of_bias = of_bias + (tl.zeros([DP], tl.float32),)
+    for _ in tl.static_range(BLOCKS * R if NORM > 0 else 0):
+        of_weight = of_weight + (tl.zeros([E], tl.float32),)
+    for _ in tl.static_range(BLOCKS * R if NORM == 2 else 0):
+        of_bias = of_bias + (tl.zeros([E], tl.float32),)
     t = tl.program_id(0).to(tl.int64)
     while t < num_tokens:
-        rows = ()
-        for j in tl.static_range(N):
-            one = tl.load(new + (t * N + j) * D + d, mask=column, other=0.0, cache_modifier=".cg")
-            rows = rows + (one.to(tl.float32),)
-        hats = ()
-        scaled = ()
-        sums = ()
-        weight_sums = ()
-        bias_sums = ()
+        mean = 0.0
         inverse = 1.0
         if NORM > 0:
             mean = tl.load(norm_statistics + 2 * t)
             inverse = tl.load(norm_statistics + 2 * t + 1)
-        for q in tl.static_range(R):
-            g = tl.load(g_x + (t * R + q) * D + d, mask=column, other=0.0, cache_modifier=".cg").to(tl.float32)
-            if NORM > 0:
-                hat = hat_of(rows, read, t, q, column, mean, inverse, N, R, NORM)
-                weight_sums = weight_sums + (of_weight[q] + g * hat,)
-                if NORM == 2:
-                    bias_sums = bias_sums + (of_bias[q] + g,)
-                g *= tl.load(norm_weight + q * D + d, mask=column, other=0.0)
-                hats = hats + (hat,)
-            scaled = scaled + (g,)
-        for s in tl.static_range(NP):
-            for q in tl.static_range(RP):
-                if s < N and q < R:
-                    sums = sums + (part_of_sum(rows[s] * scaled[q], P, V),)
-                else:
-                    sums = sums + (tl.zeros([P], tl.float32),)
-        if NORM == 0:
-            found = tl.reshape(sums_of(sums, NP * RP, P), [NP, RP])
-        else:
-            for s in tl.static_range(NP):
-                for q in tl.static_range(RP):
-                    if s < N and q < R:
-                        sums = sums + (part_of_sum(rows[s] * hats[q], P, V),)
-                    else:
-                        sums = sums + (tl.zeros([P], tl.float32),)
-            both = sums_of(sums, 2 * NP * RP, P)
-            a, r = tl.arange(0, 2 * NP)[:, None], tl.arange(0, RP)[None, :]
-            i = tl.arange(0, NP)[:, None]
-            square = tl.reshape(both, [2 * NP, RP])
-            along = 0.0
-            offset = 0.0
+        reads = scalars(read + t * N * R, N * R if NORM > 0 else 0, True)
+        sums = ()  # of g and every stream; of hat and every stream; of g; of every stream
+        for _ in tl.static_range(N * R + (N * R if NORM > 0 else 0) + (R + N if NORM == 2 else 0)):
+            sums = sums + (tl.zeros([P], tl.float32),)
+        weight_sums = ()
+        bias_sums = ()
+        for block in tl.static_range(BLOCKS):
+            d = block * E + tl.arange(0, E)
+            column = d < D
+            rows = ()
+            for j in tl.static_range(N):
+                one = tl.load(new + (t * N + j) * D + d, mask=column, other=0.0, cache_modifier=".cg")
+                rows = rows + (one.to(tl.float32),)
+            scaled = ()
+            hats = ()
             for q in tl.static_range(R):
-                for s in tl.static_range(N):
-                    along += tl.load(read + (t * N + s) * R + q) * pick(square, a, r, s, q)
-                if NORM == 2:
-                    offset += tl.sum(scaled[q], 0) / C
-            # The sum of g hat, hat = (read^T H' - mean) inverse, from the sums over rows.
-            along = (along - mean * offset * C) * inverse / C if NORM == 2 else along * inverse / C
-            found = tl.zeros([NP, RP], tl.float32)
+                g = tl.load(g_x + (t * R + q) * D + d, mask=column, other=0.0, cache_modifier=".cg").to(tl.float32)
+                if NORM > 0:
+                    hat = reads[q] * rows[0]
+                    for j in tl.static_range(1, N):
+                        hat += reads[j * R + q] * rows[j]
+                    hat = tl.where(column, hat - mean, 0.0) * inverse if NORM == 2 else hat * inverse
+                    weight_sums = weight_sums + (of_weight[block * R + q] + g * hat,)
+                    if NORM == 2:
+                        bias_sums = bias_sums + (of_bias[block * R + q] + g,)
+                    hats = hats + (hat,)
+                    g *= tl.load(norm_weight + q * D + d, mask=column, other=0.0)
+                scaled = scaled + (g,)
+            added = ()
             for s in tl.static_range(N):
-                total = tl.sum(rows[s], 0) if NORM == 2 else 0.0
                 for q in tl.static_range(R):
-                    g = pick(square, a, r, s, q) - along * pick(square, a, r, NP + s, q) - offset * total
-                    found = tl.where((i == s) & (r == q), g * inverse, found)
-            tl.store(g_norm + 2 * t, along)
-            tl.store(g_norm + 2 * t + 1, offset)
-        i, r = tl.arange(0, NP)[:, None], tl.arange(0, RP)[None, :]
-        tl.store(g_read + (t * N + i) * R + r, found, mask=(i < N) & (r < R))
+                    added = added + (sums[s * R + q] + part_of_sum(rows[s] * scaled[q], P, V),)
+            for s in tl.static_range(N if NORM > 0 else 0):
+                for q in tl.static_range(R):
+                    added = added + (sums[(N + s) * R + q] + part_of_sum(rows[s] * hats[q], P, V),)
+            for q in tl.static_range(R if NORM == 2 else 0):
+                added = added + (sums[2 * N * R + q] + part_of_sum(scaled[q], P, V),)
+            for s in tl.static_range(N if NORM == 2 else 0):
+                added = added + (sums[2 * N * R + R + s] + part_of_sum(rows[s], P, V),)
+            sums = added
         of_weight = weight_sums
         of_bias = bias_sums
+        found = ()
+        along = 0.0
+        offset = 0.0
+        for a in tl.static_range(N * R):
+            found = found + (tl.sum(sums[a], 0),)
+            if NORM > 0:
+                along += reads[a] * found[a]
+        if NORM == 2:
+            for q in tl.static_range(R):
+                offset += tl.sum(sums[2 * N * R + q], 0)
+            along -= mean * offset
+            offset /= R * D
+        if NORM > 0:
+            # The sum of g hat, hat = (read^T H' - mean) inverse, from the sums over rows.
+            along *= inverse / (R * D)
+            tl.store(g_norm + 2 * t, along)
+            tl.store(g_norm + 2 * t + 1, offset)
+        for s in tl.static_range(N):
+            total = tl.sum(sums[2 * N * R + R + s], 0) if NORM == 2 else 0.0
+            for q in tl.static_range(R):
+                g = found[s * R + q]
+                if NORM > 0:
+                    g = (g - along * tl.sum(sums[(N + s) * R + q], 0) - offset * total) * inverse
+                tl.store(g_read + (t * N + s) * R + q, g)
         t += tl.num_programs(0)
-    into = partial + tl.program_id(0) * NORM * C + d
-    if NORM > 0:
+    into = partial + tl.program_id(0) * NORM * R * D
+    for block in tl.static_range(BLOCKS if NORM > 0 else 0):
+        d = block * E + tl.arange(0, E)
+        column = d < D
         for q in tl.static_range(R):
-            tl.store(into + q * D, of_weight[q], mask=column)
+            tl.store(into + q * D + d, of_weight[block * R + q], mask=column)
             if NORM == 2:
-                tl.store(into + (R + q) * D, of_bias[q], mask=column)
-
-
-@triton.jit
-def hat_of(  # type: ignore[no-untyped-def]
-    rows, read, t, q: tl.constexpr, column, mean, inverse, N: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr
-):  # fmt: skip
-    """Part q of x before the norm's weight."""
-    value = tl.load(read + t * N * R + q) * rows[0]
-    for j in tl.static_range(1, N):
-        value += tl.load(read + (t * N + j) * R + q) * rows[j]
-    return tl.where(column, (value - mean) * inverse, 0.0) if NORM == 2 else value * inverse
+                tl.store(into + (R + q) * D + d, of_bias[block * R + q], mask=column)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -120,14 +120,14 @@ def multiprocessors(device: torch.device) -> int:
 
 def projection_gradient(g: Tensor, rows: Tensor, num_logits: int) -> Tensor:
     """g [rows, K + 2] in fp32, of which K count, and rows [rows, width] -> their product, W's gradient [K, width]."""
-    (count, width), K, E = rows.shape, num_logits, 128
-    of_program = 128 if IS_INTERPRETED else 2048
+    (count, width), K = rows.shape, num_logits
+    of_program, E = (128, 128) if IS_INTERPRETED else (1024, 512 // rows.element_size())
     parts = triton.cdiv(count, of_program)
     partial = torch.empty(parts, K, width, dtype=torch.float32, device=rows.device)
     _projection_gradient[(triton.cdiv(width, E), parts)](
         *(g, rows, partial, count, g.shape[-1]),
-        **{"WIDTH": width, "K": K, "KP": max(16, triton.next_power_of_2(K)), "ROWS": of_program, "B": 64, "E": E},
-        **{"IS_COMPILED": not IS_INTERPRETED, "num_warps": 4, "num_stages": 8 // rows.element_size()},  # 227 KB
+        **{"WIDTH": width, "K": K, "KP": max(16, triton.next_power_of_2(K)), "ROWS": of_program, "B": 32, "E": E},
+        **{"IS_COMPILED": not IS_INTERPRETED, "num_warps": 4, "num_stages": 4},
     )
     return sum_of_rows(partial)
 
