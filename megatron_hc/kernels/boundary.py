@@ -103,6 +103,12 @@ def _(
     return empty_results(streams, form[2], projection, form[7])
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """Itself or a copy: an operation returns no tensor twice, and no view of another result."""
+    is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("megatron_hc::boundary_backward", mutates_args=())
 def _boundary_backward(
     g_new: Tensor | None,
@@ -149,8 +155,7 @@ def _boundary_backward(
         )
         if g_sums is not None:
             found[4].add_(g_sums.unsqueeze(-1))
-    # An operation returns no tensor twice, and no view of another result.
-    return [*found, *(g.clone(memory_format=torch.contiguous_format) for g in (*g_norm, *g_parameters))]
+    return [*found, *(_own(g) for g in (*g_norm, *g_parameters))]
 
 
 @_boundary_backward.register_fake

@@ -157,8 +157,8 @@ def backward(
     read: Tensor,
     statistics: Tensor,
     norm_statistics: Tensor,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """-> gradients of H, Y, write, keep, W ([0] where absent), [2, C] of the norm's weight and bias, of parameters."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """-> gradients of H, Y, write, keep, W ([0] where absent), of the norm's weight and bias, of parameters."""
     (T, N, D), is_dynamic = new.shape, projection is not None
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_new, g_x, g_write, g_keep = (g.contiguous() for g in (g_new, g_x, g_write, g_keep))
@@ -177,32 +177,26 @@ def backward(
     )
     inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
     found = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))
-    of_static, of_scale, of_sums = sum_of_rows(sums)
-    g_parameters = parameter_gradients(form, of_static, of_scale if is_dynamic else None)
+    g_parameters = [torch.empty(p.shape, **wide) for p in parameters]
+    of_row_sums = torch.empty(K, **wide)
+    kernels.parameter_gradients[(1,)](
+        *(sums, *g_parameters[:3], *(g_parameters[3:] if is_dynamic else g_parameters[:2]), of_row_sums, programs),
+        **take(constants, "N", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES"),
+        B=max(1, 4096 // (constants["NP"] * constants["KP"])),
+        num_warps=8,
+    )
     g_projection = torch.empty(0, **wide)
     if is_dynamic:
         g_projection = projection_gradient(g_z.view(T * N, K + 2), new.view(T * N, D), K)
         if row_sums is not None:
-            g_projection = g_projection + of_sums.sum(0).unsqueeze(-1)
+            g_projection += of_row_sums.unsqueeze(-1)
     return [*found, g_projection], of_norm, g_parameters
-
-
-def parameter_gradients(form: Form, of_static: Tensor, of_scale: Tensor | None) -> list[Tensor]:
-    """[N, K] of the static weights, and of what is scaled (None: nothing is) -> those of ``Form``'s parameters."""
-    N, R = form.num_streams, form.num_reads
-    read, keep, write = of_static.split((R, N, of_static.shape[1] - R - N), dim=1)
-    is_virtual = form.kind == "virtual"
-    found = [read, keep, write.t() if is_virtual else write.squeeze(1)]
-    if of_scale is None:
-        return found
-    alpha, beta = of_scale[:, : R + N], of_scale[:, R + N :]
-    return [*found, *((alpha, beta.t()) if is_virtual else (alpha.sum().view(1), beta.sum().view(1)))]
 
 
 def backward_of_read(
     form: Form, g_x: Tensor, new: Tensor, norm_weight: Tensor | None, read: Tensor, norm_statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of read and, [2, C], of the norm's weight and bias; what it takes off that of x [T, 2]."""
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """-> gradients of read and of the norm's weight and bias, what the norm takes off that of x [T, 2]."""
     (T, _, D), R, rows = new.shape, form.num_reads, NORMS[form.norm]
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_read, g_norm = torch.empty_like(read), torch.empty_like(norm_statistics)
@@ -215,9 +209,9 @@ def backward_of_read(
         **take(constants, "N", "D", "R", "NORM"),
         **options,
     )
-    of_norm = torch.zeros(2, R * D, **wide)
-    if rows:
-        of_norm[:rows] = sum_of_rows(partial)
+    of_norm = [torch.empty(R * D, **wide) for _ in range(2)]
+    for row in range(rows):
+        sum_of_rows(partial[:, row], of_norm[row])
     return g_read, of_norm, g_norm
 
 

@@ -164,6 +164,44 @@ def backward_weights(  # type: ignore[no-untyped-def]
     tl.store(into + 2 * N * K, of_sums, mask=valid)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def parameter_gradients(  # type: ignore[no-untyped-def]
+    partial, g_read, g_keep, g_write, g_alpha, g_beta, g_row_sums, num_rows,
+    N: tl.constexpr, R: tl.constexpr, K: tl.constexpr, NP: tl.constexpr, KP: tl.constexpr, B: tl.constexpr,
+    IS_DYNAMIC: tl.constexpr, IS_CENTRED: tl.constexpr, HAS_MATRICES: tl.constexpr,
+):  # fmt: skip
+    """What ``backward_weights``' programs have summed, added up, to each parameter's own gradient."""
+    i, k = tl.arange(0, NP)[:, None], tl.arange(0, KP)[None, :]
+    is_one = (i < N) & (k < K)
+    of_static = tl.zeros([NP, KP], tl.float32)
+    of_scale = tl.zeros([NP, KP], tl.float32)
+    of_sums = tl.zeros([NP, KP], tl.float32)
+    start = 0
+    while start < num_rows:
+        row = start + tl.arange(0, B)[:, None, None]
+        at = partial + row * 3 * N * K + (i * K + k)[None, :, :]
+        here = (row < num_rows) & is_one[None, :, :]
+        of_static += tl.sum(tl.load(at, mask=here, other=0.0), 0)
+        if IS_DYNAMIC:
+            of_scale += tl.sum(tl.load(at + N * K, mask=here, other=0.0), 0)
+        if IS_CENTRED:
+            of_sums += tl.sum(tl.load(at + 2 * N * K, mask=here, other=0.0), 0)
+        start += B
+    is_write = is_one & (k >= R + N)
+    is_other = is_one & (k < R + N)
+    tl.store(g_read + i * R + k, of_static, mask=is_one & (k < R))
+    tl.store(g_keep + i * N + (k - R), of_static, mask=is_other & (k >= R))
+    tl.store(g_write + (k - R - N) * N + i, of_static, mask=is_write)
+    if HAS_MATRICES and IS_DYNAMIC:
+        tl.store(g_alpha + i * (R + N) + k, of_scale, mask=is_other)
+        tl.store(g_beta + (k - R - N) * N + i, of_scale, mask=is_write)
+    elif IS_DYNAMIC:
+        tl.store(g_alpha, tl.sum(tl.sum(tl.where(is_other, of_scale, 0.0), 1), 0))
+        tl.store(g_beta, tl.sum(tl.sum(tl.where(is_write, of_scale, 0.0), 1), 0))
+    if IS_CENTRED:
+        tl.store(g_row_sums + tl.arange(0, KP), tl.sum(of_sums, 0), mask=tl.arange(0, KP) < K)
+
+
 @triton.jit
 def backward_streams(  # type: ignore[no-untyped-def]
     g_new, g_x, h, y, write, keep, w, norm_weight, read, norm_statistics, g_norm, g_z, g_h, g_y, g_write, g_keep,

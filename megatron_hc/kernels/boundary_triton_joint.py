@@ -27,7 +27,7 @@ from megatron_hc.kernels import boundary_triton_joint_kernels as kernels
 from megatron_hc.kernels.boundary_results import NORMS, empty_results, pointer, unexpanded
 from megatron_hc.kernels.boundary_triton_folds import folds as folds  # one of this module's operations
 from megatron_hc.kernels.coefficients import Form
-from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, projection_gradient, sum_of_rows, take
+from megatron_hc.kernels.triton_pieces import IS_INTERPRETED, multiprocessors, projection_gradient, take
 
 
 def can_do(form: Form, streams: Tensor) -> bool:
@@ -39,8 +39,7 @@ def _floor() -> float:
     return 0.9 * math.log(torch.finfo(torch.float32).tiny)  # as in sinkhorn.py
 
 
-M, E = 64, 64  # tokens and columns that a program of a product has at a time
-PARTS = 4  # of W's width, so that logits have programs for every multiprocessor
+M, E = 64, 128  # tokens and columns that a program of a product has at a time
 
 
 def _constants(form: Form, streams: Tensor, projection: Tensor | None) -> dict[str, Any]:
@@ -67,6 +66,12 @@ def _factors(constants: dict[str, Any], projection: Tensor) -> Tensor:
     return parts
 
 
+def fold_options(num_tokens: int, device: torch.device) -> dict[str, Any]:
+    """Of ``fold``: W passes by every program, so it has many tokens, but not so many that multiprocessors have none."""
+    tokens = 64 if num_tokens > 64 * multiprocessors(device) else 32
+    return {"M": tokens, "E": 32, "STAGES": 2, "num_warps": tokens // 8}
+
+
 def forward(
     form: Form,
     streams: Tensor,
@@ -85,25 +90,19 @@ def forward(
     new, x, next_write, next_keep, read, statistics, norm_statistics = results
     h, stride = unexpanded(streams)
     constants, of_rows = _constants(form, streams, projection), boundary_triton.constants_of(form, streams, projection)
-    kernels.fold[(T,)](
-        *(h, pointer(output, h), pointer(write, x), pointer(keep, x), new, statistics, stride),
-        **take(constants, "N", "D", "K", "DP", "IS_DYNAMIC", "IS_COMPILED"),
+    options = fold_options(T, h.device)
+    kernels.fold[(triton.cdiv(T, options["M"]),)](
+        *(h, pointer(output, h), pointer(write, x), pointer(keep, x)),
+        *(x if projection is None else _factors(constants, projection), new, statistics, T, stride),
+        **take(constants, "N", "D", "K", "KP", "IS_DYNAMIC", "IS_SPLIT", "IS_COMPILED"),
         HAS_OUTPUT=output is not None,
-        **boundary_triton.row_options(of_rows),
+        **options,
     )
-    sums = torch.empty(PARTS, T, constants["KP"], dtype=torch.float32, device=h.device)
-    if projection is not None:
-        columns = triton.cdiv(N * D, PARTS * E) * E
-        kernels.logits[(triton.cdiv(T, M), PARTS)](
-            *(new, _factors(constants, projection), sums, T),
-            **take(constants, "WIDTH", "K", "KP", "IS_SPLIT"),
-            **{"COLUMNS": columns, "M": M, "E": E, "num_warps": 4, "num_stages": 3},
-        )
     bias = parameters[0].contiguous()
     kernels.weights[(triton.cdiv(T, 32),)](
-        *(sums, statistics, parameters[-1], bias, read, next_write, next_keep, T, form.eps),
-        **take(constants, "N", "K", "KP", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
-        **{"M": 32, "PARTS": PARTS, "num_warps": 1},
+        *(statistics, parameters[-1], bias, read, next_write, next_keep, T, form.eps),
+        **take(constants, "N", "K", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
+        **{"M": 32, "num_warps": 1},
     )
     kernels.read_and_norm[(T,)](
         *(new, read, pointer(norm_weight, x), pointer(norm_bias, x), x, norm_statistics, form.norm_eps),
@@ -132,8 +131,8 @@ def backward(
     read: Tensor,
     statistics: Tensor,
     norm_statistics: Tensor,
-) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """-> gradients of H, Y, write, keep, W ([0] where absent), [2, C] of the norm's weight and bias, of parameters."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """-> gradients of H, Y, write, keep, W ([0] where absent), of the norm's weight and bias, of parameters."""
     T, N, D = new.shape
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_new, g_x, g_write, g_keep = (g.contiguous() for g in (g_new, g_x, g_write, g_keep))
@@ -148,16 +147,21 @@ def backward(
         **take(constants, "N", "K", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
         **{"M": 32, "num_warps": 1},
     )
-    of_bias, of_alpha = sum_of_rows(of_tokens)
-    g_parameters, g_projection = [of_bias], torch.empty(0, **wide)
+    g_parameters, g_projection = [torch.empty(p.shape, **wide) for p in parameters], torch.empty(0, **wide)
+    kernels.parameter_gradients[(1,)](
+        *(of_tokens, g_parameters[0], g_parameters[-1], of_tokens.shape[0]),
+        **take(constants, "N", "K", "KP", "IS_DYNAMIC"),
+        **{"B": 4096 // constants["KP"], "num_warps": 8},
+    )
     if projection is not None:
-        g_parameters.append(torch.stack([part.sum() for part in of_alpha.split((N, N, N * N))]))
         g_projection = projection_gradient(g_z.view(T, K + 2), new.view(T, N * D), K)
         with_product = torch.empty_like(g_new)
-        kernels.with_product[(triton.cdiv(T, M), triton.cdiv(N * D, 2 * E))](
+        blocks = triton.cdiv(N * D, E)
+        programs = max(1, min(triton.cdiv(T, M), 3 * multiprocessors(new.device) // blocks))
+        kernels.with_product[(blocks, programs)](
             *(g_new, g_z, _factors(constants, projection), with_product, T),
             **take(constants, "WIDTH", "K", "KP", "IS_SPLIT", "IS_COMPILED"),
-            **{"M": M, "E": 2 * E, "num_warps": 4},
+            **{"M": M, "E": E, "STAGES": 3, "num_warps": 4},
         )
         g_new = with_product
     inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)

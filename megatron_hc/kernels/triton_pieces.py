@@ -56,7 +56,9 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _sum_of_rows(rows, result, num_rows, width, B: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_of_rows(  # type: ignore[no-untyped-def]
+    rows, result, num_rows, width, stride, B: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
     """[rows, width] -> [width]"""
     d = tl.program_id(0) * E + tl.arange(0, E)
     total = tl.zeros([B, E], tl.float32)
@@ -64,18 +66,16 @@ def _sum_of_rows(rows, result, num_rows, width, B: tl.constexpr, E: tl.constexpr
     while start < num_rows:
         r = start + tl.arange(0, B)
         here = (r < num_rows)[:, None] & (d < width)[None, :]
-        total += tl.load(rows + r[:, None] * width + d[None, :], mask=here, other=0.0)
+        total += tl.load(rows + r[:, None] * stride + d[None, :], mask=here, other=0.0)
         start += B
     tl.store(result + d, tl.sum(total, 0), mask=d < width)
 
 
-def sum_of_rows(rows: Tensor) -> Tensor:
-    """[rows, ...] -> the sum of the rows, in an order that depends on their number only; fp32."""
+def sum_of_rows(rows: Tensor, result: Tensor) -> None:
+    """[rows, ...], each in one piece -> the sum of the rows, in an order that depends on their number only; fp32."""
     count, width = rows.shape[0], rows[0].numel()
-    result = torch.empty(rows.shape[1:], dtype=rows.dtype, device=rows.device)
     if width:
-        _sum_of_rows[(triton.cdiv(width, 16),)](rows, result, count, width, B=128, E=16)
-    return result
+        _sum_of_rows[(triton.cdiv(width, 16),)](rows, result, count, width, rows.stride(0), B=128, E=16)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -129,7 +129,9 @@ def projection_gradient(g: Tensor, rows: Tensor, num_logits: int) -> Tensor:
         **{"WIDTH": width, "K": K, "KP": max(16, triton.next_power_of_2(K)), "ROWS": of_program, "B": 32, "E": E},
         **{"IS_COMPILED": not IS_INTERPRETED, "num_warps": 4, "num_stages": 4},
     )
-    return sum_of_rows(partial)
+    result = torch.empty(K, width, dtype=torch.float32, device=rows.device)
+    sum_of_rows(partial, result)
+    return result
 
 
 def take(constants: dict[str, Any], *names: str) -> dict[str, Any]:
