@@ -1,15 +1,13 @@
 """Launch options of a boundary's Triton kernels beside the chosen ones, for tools/benchmark.py --parts launch.
 
-What is best depends on the GPU: threads per token of the kernels that have a token per program, columns per thread and
-programs per multiprocessor of the kernel that has columns. The figures say whether the choice in
-``kernels/boundary_triton.py`` is right for the one at hand; nothing is changed by them.
+What is best depends on the GPU: warps of a token, and how many columns a thread has at a time. The figures say whether
+the choice in ``kernels/boundary_triton.py`` is right for the one at hand; nothing is changed by them.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +18,8 @@ from benchmark_report import Report
 
 WARPS = (1, 2, 4, 8, 16)
 COLUMNS = (1, 2, 4, 8)
-PROGRAMS = (4, 8, 12, 16, 24)
+CHOOSERS = ("forward_options", "read_options", "streams_options", "row_options")
+"""Functions of ``boundary_triton``: of the forward pass, the sums in a backward pass, its streams, and mHC's rows."""
 
 
 def launch(shape: argparse.Namespace, dtype: torch.dtype, report: Report) -> None:
@@ -31,7 +30,7 @@ def launch(shape: argparse.Namespace, dtype: torch.dtype, report: Report) -> Non
 
     for method in KERNELS:
         measure = functools.partial(kernel, method, 4, shape.hidden, shape.seq * shape.batch, dtype, shape)
-        for name, options in candidates():
+        for name, options in candidates(boundary_triton):
             print(f"{name:38s}", end="", flush=True)
             with replaced(boundary_triton, options):
                 row = report.attempt(f"{method} {name}", measure)
@@ -39,15 +38,27 @@ def launch(shape: argparse.Namespace, dtype: torch.dtype, report: Report) -> Non
                 report.add("launch", {"options": name, **row})
 
 
-def candidates() -> Iterator[tuple[str, dict[str, Callable[..., Any]]]]:
+def candidates(module: Any) -> Iterator[tuple[str, dict[str, Callable[..., Any]]]]:
     """(name, functions of ``boundary_triton`` that choose)."""
     yield "as chosen", {}
-    for warps in WARPS:
-        yield f"rows: {warps} warps", {"row_options": lambda constants, warps=warps: {"num_warps": warps}}
-    for columns, programs in itertools.product(COLUMNS, PROGRAMS):
-        found = {"E": 32 * columns, "V": columns, "num_warps": 1}, programs
-        name = f"streams: {columns} columns, {programs} programs"
-        yield name, {"streams_options": lambda form, constants, found=found: found}
+    for chooser in CHOOSERS:
+        kernel = chooser.removesuffix("_options")
+        if chooser != "row_options":
+            for columns in COLUMNS:
+                yield f"{kernel}: {columns} columns", {chooser: changed(getattr(module, chooser), {"V": columns})}
+        if chooser != "streams_options":
+            for warps in WARPS:
+                yield f"{kernel}: {warps} warps", {chooser: changed(getattr(module, chooser), {"num_warps": warps})}
+
+
+def changed(choose: Callable[..., dict[str, Any]], options: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """What ``choose`` chooses, but for ``options``."""
+
+    def chosen(*arguments: Any) -> dict[str, Any]:
+        found = {**choose(*arguments), **options}
+        return {**found, "E": 32 * found["num_warps"] * found["V"]} if "V" in found else found
+
+    return chosen
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 Dims as in ``boundary_triton_kernels``.
 
-Forward: one kernel, a token per program, reads (n + 1) C numbers per token and writes (n + 1) C; a small one makes the
-weights that go on. Backward: the sums over D that everything else waits for (reads (n + 1) C); through tanh, a number
-per thread; then all large gradients, in columns of D whose part of W and of W's gradient stay in registers (reads
-(2 n + 2) C, writes (n + 1) C). Any N up to 8 and any D, masked up to powers of two; the number of tokens is no constant
-of a kernel. What is summed over tokens leaves a program as a partial sum in fp32, and these are added in a fixed order.
-Everything is computed in fp32 and rounded to the streams' dtype once.
+Forward: one kernel, a token per warp, reads (n + 1) C numbers per token and writes (n + 1) C (and reads H' again, from
+the second cache); a small one makes the weights that go on. Backward: the sums over D that everything else waits for
+(reads (n + 1) C); through tanh, a number per thread; the streams, a token per warp (reads (2 n + 2) C, writes
+(n + 1) C); W's gradient as a product of matrices (reads n C). Any N up to 8 and any D, masked; the number of tokens is
+no constant of a kernel. What is summed over tokens leaves a program as a partial sum in fp32, and these are added in a
+fixed order. Everything is computed in fp32 and rounded to the streams' dtype once.
 
-Measured on an H200 and left out, each slower: sums between threads as products of matrices, the streams' gradients a
-token per program, and loads of the next token ahead of time.
+Measured on an H200 and left out, each slower: sums between threads as products of matrices; the streams' gradients in
+columns, with W and its gradient in registers; loads ahead of time through shared memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def constants_of(form: Form, streams: Tensor, projection: Tensor | None) -> dict
 
 
 def row_options(constants: dict[str, Any]) -> dict[str, Any]:
-    """Of kernels with a token per program: a thread has 64 numbers of H'."""
+    """Of mHC's kernels with a token per program: a thread has 64 numbers of H'."""
     return {"num_warps": max(1, min(16, constants["NP"] * constants["DP"] // 2048))}
 
 
@@ -85,7 +85,7 @@ def streams_options(form: Form, constants: dict[str, Any]) -> dict[str, Any]:
     taken = sums + (numbers if is_held else 0)
     while width > 1 and taken + width * vectors > 220:
         width //= 2
-    return {"E": 32 * width, "V": width, "IS_HELD": is_held, "STAGES": 1, "num_warps": 1}
+    return {"E": 32 * width, "V": width, "IS_HELD": is_held, "num_warps": 1}
 
 
 def forward_options(constants: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def forward_options(constants: dict[str, Any]) -> dict[str, Any]:
     taken = sums + (numbers if is_held else 0)
     while width > 1 and taken + width * (2 * N + R) > 220:
         width //= 2
-    return {"E": 32 * num_warps * width, "V": width, "IS_HELD": is_held, "STAGES": 1, "num_warps": num_warps}
+    return {"E": 32 * num_warps * width, "V": width, "IS_HELD": is_held, "num_warps": num_warps}
 
 
 def forward(
@@ -202,7 +202,7 @@ def backward_of_read(
     g_read, g_norm = torch.empty_like(read), torch.empty_like(norm_statistics)
     constants = constants_of(form, new, None)
     options = read_options(constants)
-    programs = min(T, max(1, 12 // options["num_warps"]) * multiprocessors(new.device))
+    programs = min(T, max(1, 8 // options["num_warps"]) * multiprocessors(new.device))
     partial = torch.empty(programs, rows, R * D, **wide)
     kernels.backward_read[(programs,)](
         *(g_x, new, pointer(norm_weight, read), read, norm_statistics, g_read, g_norm, partial, T),

@@ -126,9 +126,9 @@ def backward_weights(  # type: ignore[no-untyped-def]
     of the gradients of W's row sums.
     """
     i, k = tl.arange(0, NP)[None, :, None], tl.arange(0, KP)[None, None, :]
-    of_static = tl.zeros([NP, KP], tl.float32)
-    of_scale = tl.zeros([NP, KP], tl.float32)
-    of_sums = tl.zeros([NP, KP], tl.float32)
+    of_static = tl.zeros([M, NP, KP], tl.float32)
+    of_scale = tl.zeros([M, NP, KP], tl.float32)
+    of_sums = tl.zeros([M, NP, KP], tl.float32)
     start = tl.program_id(0).to(tl.int64) * M
     while start < num_tokens:
         t = start + tl.arange(0, M)[:, None, None]
@@ -136,7 +136,7 @@ def backward_weights(  # type: ignore[no-untyped-def]
         g = tl.load(g_read + (t * N + i) * R + k, mask=here & (k < R), other=0.0)
         g += tl.load(g_keep + (t * N + i) * N + (k - R), mask=here & (k >= R) & (k < R + N), other=0.0)
         g += tl.load(g_write + place_in_write(t, i, k, N, R, K), mask=here & (k >= R + N) & (k < K), other=0.0)
-        of_static += tl.sum(g, 0)
+        of_static += g
         if IS_DYNAMIC:
             of_row = (t * N + i) * (K + 2)
             z = tl.load(statistics + of_row + k, mask=here & (k < K), other=0.0)
@@ -146,22 +146,22 @@ def backward_weights(  # type: ignore[no-untyped-def]
                 sums = tl.load(row_sums + k, mask=k < K, other=0.0)
                 z -= mean * sums
             th = tanh(z * inverse)
-            of_scale += tl.sum(g * th, 0)
+            of_scale += g * th
             of_z = g * scales_of(alpha, beta, i, k, N, R, K, HAS_MATRICES) * (1 - th * th) * inverse
             share = tl.sum(of_z * z, 2)[:, :, None] * inverse * inverse * (-1.0 / D)
             shift = tl.zeros([M, NP, 1], tl.float32)
             if IS_CENTRED:
                 shift = -tl.sum(of_z * sums, 2)[:, :, None] / D - share * mean
-                of_sums -= tl.sum(of_z * mean, 0)
+                of_sums -= of_z * mean
             of_z = tl.where(k == K, shift, tl.where(k == K + 1, share, of_z))
             tl.store(g_z + of_row + k, of_z, mask=here & (k < K + 2))
         start += tl.num_programs(0) * M
     a, b = tl.arange(0, NP)[:, None], tl.arange(0, KP)[None, :]
     into = partial + tl.program_id(0) * 3 * N * K + a * K + b
     valid = (a < N) & (b < K)
-    tl.store(into, of_static, mask=valid)
-    tl.store(into + N * K, of_scale, mask=valid)
-    tl.store(into + 2 * N * K, of_sums, mask=valid)
+    tl.store(into, tl.sum(of_static, 0), mask=valid)
+    tl.store(into + N * K, tl.sum(of_scale, 0), mask=valid)
+    tl.store(into + 2 * N * K, tl.sum(of_sums, 0), mask=valid)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -173,20 +173,21 @@ def parameter_gradients(  # type: ignore[no-untyped-def]
     """What ``backward_weights``' programs have summed, added up, to each parameter's own gradient."""
     i, k = tl.arange(0, NP)[:, None], tl.arange(0, KP)[None, :]
     is_one = (i < N) & (k < K)
-    of_static = tl.zeros([NP, KP], tl.float32)
-    of_scale = tl.zeros([NP, KP], tl.float32)
-    of_sums = tl.zeros([NP, KP], tl.float32)
+    of_static = tl.zeros([B, NP, KP], tl.float32)
+    of_scale = tl.zeros([B, NP, KP], tl.float32)
+    of_sums = tl.zeros([B, NP, KP], tl.float32)
     start = 0
     while start < num_rows:
         row = start + tl.arange(0, B)[:, None, None]
         at = partial + row * 3 * N * K + (i * K + k)[None, :, :]
         here = (row < num_rows) & is_one[None, :, :]
-        of_static += tl.sum(tl.load(at, mask=here, other=0.0), 0)
+        of_static += tl.load(at, mask=here, other=0.0)
         if IS_DYNAMIC:
-            of_scale += tl.sum(tl.load(at + N * K, mask=here, other=0.0), 0)
+            of_scale += tl.load(at + N * K, mask=here, other=0.0)
         if IS_CENTRED:
-            of_sums += tl.sum(tl.load(at + 2 * N * K, mask=here, other=0.0), 0)
+            of_sums += tl.load(at + 2 * N * K, mask=here, other=0.0)
         start += B
+    of_static, of_scale, of_sums = tl.sum(of_static, 0), tl.sum(of_scale, 0), tl.sum(of_sums, 0)
     is_write = is_one & (k >= R + N)
     is_other = is_one & (k < R + N)
     tl.store(g_read + i * R + k, of_static, mask=is_one & (k < R))
@@ -207,7 +208,7 @@ def backward_streams(  # type: ignore[no-untyped-def]
     g_new, g_x, h, y, write, keep, w, norm_weight, read, norm_statistics, g_norm, g_z, g_h, g_y, g_write, g_keep,
     stream_stride,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, E: tl.constexpr, V: tl.constexpr,
-    STAGES: tl.constexpr, IS_HELD: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr,
+    IS_HELD: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr,
     IS_CENTRED: tl.constexpr, NORM: tl.constexpr, IS_COMPILED: tl.constexpr, IS_JOINT: tl.constexpr,
 ):  # fmt: skip
     """One token, E columns at a time: gradients of H, Y, keep and write.
@@ -239,7 +240,7 @@ def backward_streams(  # type: ignore[no-untyped-def]
     sums = ()
     for _ in tl.static_range((N + R) * N if HAS_OUTPUT else 0):
         sums = sums + (tl.zeros([P], tl.float32),)
-    for start in tl.range(0, D, E, num_stages=STAGES):
+    for start in range(0, D, E):
         d = start + tl.arange(0, E)
         column = d < D
         streams = ()

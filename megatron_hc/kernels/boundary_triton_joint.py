@@ -39,7 +39,8 @@ def _floor() -> float:
     return 0.9 * math.log(torch.finfo(torch.float32).tiny)  # as in sinkhorn.py
 
 
-M, E = 64, 128  # tokens and columns that a program of a product has at a time
+M, E = 64, 64  # tokens and columns that a program of a product has at a time
+PARTS = 4  # of W's width, so that logits have programs for every multiprocessor
 
 
 def _constants(form: Form, streams: Tensor, projection: Tensor | None) -> dict[str, Any]:
@@ -66,12 +67,6 @@ def _factors(constants: dict[str, Any], projection: Tensor) -> Tensor:
     return parts
 
 
-def fold_options(num_tokens: int, device: torch.device) -> dict[str, Any]:
-    """Of ``fold``: W passes by every program, so it has many tokens, but not so many that multiprocessors have none."""
-    tokens = 64 if num_tokens > 64 * multiprocessors(device) else 32
-    return {"M": tokens, "E": 32, "STAGES": 2, "num_warps": tokens // 8}
-
-
 def forward(
     form: Form,
     streams: Tensor,
@@ -90,19 +85,25 @@ def forward(
     new, x, next_write, next_keep, read, statistics, norm_statistics = results
     h, stride = unexpanded(streams)
     constants, of_rows = _constants(form, streams, projection), boundary_triton.constants_of(form, streams, projection)
-    options = fold_options(T, h.device)
-    kernels.fold[(triton.cdiv(T, options["M"]),)](
-        *(h, pointer(output, h), pointer(write, x), pointer(keep, x)),
-        *(x if projection is None else _factors(constants, projection), new, statistics, T, stride),
-        **take(constants, "N", "D", "K", "KP", "IS_DYNAMIC", "IS_SPLIT", "IS_COMPILED"),
+    kernels.fold[(T,)](
+        *(h, pointer(output, h), pointer(write, x), pointer(keep, x), new, statistics, stride),
+        **take(constants, "N", "D", "K", "DP", "IS_DYNAMIC", "IS_COMPILED"),
         HAS_OUTPUT=output is not None,
-        **options,
+        **boundary_triton.row_options(of_rows),
     )
+    sums = torch.empty(PARTS, T, constants["KP"], dtype=torch.float32, device=h.device)
+    if projection is not None:
+        columns = triton.cdiv(N * D, PARTS * E) * E
+        kernels.logits[(triton.cdiv(T, M), PARTS)](
+            *(new, _factors(constants, projection), sums, T),
+            **take(constants, "WIDTH", "K", "KP", "IS_SPLIT"),
+            **{"COLUMNS": columns, "M": M, "E": E, "num_warps": 4, "num_stages": 3},
+        )
     bias = parameters[0].contiguous()
     kernels.weights[(triton.cdiv(T, 32),)](
-        *(statistics, parameters[-1], bias, read, next_write, next_keep, T, form.eps),
-        **take(constants, "N", "K", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
-        **{"M": 32, "num_warps": 1},
+        *(sums, statistics, parameters[-1], bias, read, next_write, next_keep, T, form.eps),
+        **take(constants, "N", "K", "KP", "ITERATIONS", "FLOOR", "IS_DYNAMIC"),
+        **{"M": 32, "PARTS": PARTS, "num_warps": 1},
     )
     kernels.read_and_norm[(T,)](
         *(new, read, pointer(norm_weight, x), pointer(norm_bias, x), x, norm_statistics, form.norm_eps),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megatron_hc.kernels.boundary_triton_kernels import settled
 from megatron_hc.kernels.triton_pieces import rounded
 
 
@@ -32,61 +33,60 @@ def split_projection(w, result, count, B: tl.constexpr):  # type: ignore[no-unty
     tl.store(result + 2 * count + at, low, mask=at < count)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def fold(  # type: ignore[no-untyped-def]
-    h, y, write, keep, w, new, statistics, num_tokens, stream_stride,
-    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, E: tl.constexpr,
-    STAGES: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr, IS_SPLIT: tl.constexpr,
-    IS_COMPILED: tl.constexpr,
+    h, y, write, keep, new, statistics, stream_stride,
+    N: tl.constexpr, D: tl.constexpr, K: tl.constexpr, DP: tl.constexpr, HAS_OUTPUT: tl.constexpr,
+    IS_DYNAMIC: tl.constexpr, IS_COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """M tokens, E columns of every stream at a time: H', its product with W, 0 and the mean square [T, K + 2]."""
-    WIDTH: tl.constexpr = N * D
-    t = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)[:, None]
-    k = tl.arange(0, KP)[:, None]
-    is_token = t < num_tokens
+    """One token: H', and in the last of its statistics [T, K + 2] the mean square."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, DP)
+    column = d < D
     token = h + t * (D + (N - 1) * stream_stride)
-    keeps = ()
-    writes = ()
-    for a in tl.static_range(N * N if HAS_OUTPUT else 0):
-        keeps = keeps + (tl.load(keep + t * N * N + a, mask=is_token, other=0.0),)
-    for a in tl.static_range(N if HAS_OUTPUT else 0):
-        writes = writes + (tl.load(write + t * N + a, mask=is_token, other=0.0),)
-    z = tl.zeros([M, KP], tl.float32)
-    square = tl.zeros([M, E], tl.float32)
-    for start in tl.range(0, D, E, num_stages=STAGES):
-        d = start + tl.arange(0, E)[None, :]
-        here = is_token & (d < D)
-        streams = ()
-        for s in tl.static_range(N):
-            streams = streams + (tl.load(token + s * stream_stride + d, mask=here, other=0.0, cache_modifier=".cg"),)
+    streams = ()
+    for s in tl.static_range(N):
+        streams = streams + (tl.load(token + s * stream_stride + d, mask=column, other=0.0, cache_modifier=".cg"),)
+    parts = ()
+    if HAS_OUTPUT:
+        parts = parts + (tl.load(y + t * D + d, mask=column, other=0.0, cache_modifier=".cg"),)
+    square = tl.zeros([DP], tl.float32)
+    for j in tl.static_range(N):
+        stored = streams[j]
         if HAS_OUTPUT:
-            part = tl.load(y + t * D + d, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
-        for j in tl.static_range(N):
-            stored = streams[j]
-            if HAS_OUTPUT:
-                total = keeps[j] * streams[0].to(tl.float32)  # in the order of ``settled``
-                for s in tl.static_range(1, N):
-                    total += keeps[s * N + j] * streams[s].to(tl.float32)
-                total += writes[j] * part
-                stored = rounded(total, new.dtype.element_ty, IS_COMPILED)
-            tl.store(new + (t * N + j) * D + d, stored, mask=here)
-            if IS_DYNAMIC:
-                square += stored.to(tl.float32) * stored.to(tl.float32)
-                of_row = w + k * WIDTH + j * D + d
-                inside = (k < K) & (d < D)
-                if IS_SPLIT:
-                    for level in tl.static_range(3):
-                        right = tl.load(of_row + (2 - level) * K * WIDTH, mask=inside, other=0.0)
-                        z = tl.dot(stored, tl.trans(right), z)
-                else:
-                    right = tl.trans(tl.load(of_row, mask=inside, other=0.0))
-                    z = tl.dot(stored.to(tl.float32), right, z, input_precision="tf32x3")
+            stored = rounded(settled(streams, parts, keep, write, t, j, N, 1), new.dtype.element_ty, IS_COMPILED)
+        tl.store(new + (t * N + j) * D + d, stored, mask=column)
+        square += stored.to(tl.float32) * stored.to(tl.float32)
     if IS_DYNAMIC:
-        column = tl.arange(0, KP)[None, :]
-        of_token = statistics + t * (K + 2)
-        tl.store(of_token + column, z, mask=is_token & (column < K))
-        tl.store(of_token + K, tl.zeros([M, 1], tl.float32), mask=is_token)
-        tl.store(of_token + K + 1, tl.sum(square, 1)[:, None] / WIDTH, mask=is_token)
+        tl.store(statistics + t * (K + 2) + (K + 1), tl.sum(square, 0) / (N * D))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def logits(  # type: ignore[no-untyped-def]
+    rows, w, sums, num_tokens,
+    WIDTH: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, E: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """rows [T, WIDTH] times W's rows, of COLUMNS of WIDTH: ``sums`` [parts of WIDTH, T, KP]."""
+    first = tl.program_id(0).to(tl.int64) * M
+    m, k = tl.arange(0, M)[:, None], tl.arange(0, KP)[:, None]
+    is_token = first + m < num_tokens
+    rows += first * WIDTH
+    z = tl.zeros([M, KP], tl.float32)
+    for start in range(0, COLUMNS, E):
+        d = tl.program_id(1) * COLUMNS + start + tl.arange(0, E)[None, :]
+        left = tl.load(rows + m * WIDTH + d, mask=is_token & (d < WIDTH), other=0.0)
+        inside = (k < K) & (d < WIDTH)
+        if IS_SPLIT:
+            for level in tl.static_range(3):
+                of_level = w + (2 - level) * K * WIDTH + k * WIDTH + d
+                z = tl.dot(left, tl.trans(tl.load(of_level, mask=inside, other=0.0)), z)
+        else:
+            right = tl.trans(tl.load(w + k * WIDTH + d, mask=inside, other=0.0))
+            z = tl.dot(left.to(tl.float32), right, z, input_precision="tf32x3")
+    column = tl.arange(0, KP)[None, :]
+    into = sums + (tl.program_id(1) * num_tokens.to(tl.int64) + first) * KP + m * KP + column
+    tl.store(into, z, mask=is_token & (column < K))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -181,14 +181,24 @@ def _logit(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def weights(  # type: ignore[no-untyped-def]
-    statistics, alpha, bias, read, write, keep, num_tokens, eps,
-    N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ITERATIONS: tl.constexpr, FLOOR: tl.constexpr,
-    IS_DYNAMIC: tl.constexpr,
+    sums, statistics, alpha, bias, read, write, keep, num_tokens, eps,
+    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, ITERATIONS: tl.constexpr,
+    FLOOR: tl.constexpr, IS_DYNAMIC: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A token per thread."""
+    """A token per thread: the statistics from their parts, then the weights."""
+    stride = num_tokens.to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     here = t < num_tokens
     wide_eps = tl.zeros([M], tl.float32) + eps
+    if IS_DYNAMIC:
+        of_row = statistics + t * (K + 2)
+        for k in tl.static_range(K):
+            total = tl.zeros([M], tl.float32)
+            for part in tl.static_range(PARTS):
+                total += tl.load(sums + (part * stride + t) * KP + k, mask=here, other=0.0)
+            tl.store(of_row + k, total, mask=here)
+        tl.store(of_row + K, tl.zeros([M], tl.float32), mask=here)
+        # The same thread reads what it has written.
     matrix = ()
     for k in tl.static_range(K):
         logit, _, _ = _logit(statistics, alpha, bias, t, here, wide_eps, k, N, K, IS_DYNAMIC)
@@ -338,19 +348,20 @@ def parameter_gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """What ``backward_weights``' programs have summed, added up: gradients of the bias [K] and of alpha [3]."""
     k = tl.arange(0, KP)
-    of_bias = tl.zeros([KP], tl.float32)
-    of_scale = tl.zeros([KP], tl.float32)
+    of_bias = tl.zeros([B, KP], tl.float32)
+    of_scale = tl.zeros([B, KP], tl.float32)
     start = 0
     while start < num_rows:
         row = start + tl.arange(0, B)[:, None]
         here = (row < num_rows) & (k < K)[None, :]
         at = partial + row * 2 * K + k[None, :]
-        of_bias += tl.sum(tl.load(at, mask=here, other=0.0), 0)
+        of_bias += tl.load(at, mask=here, other=0.0)
         if IS_DYNAMIC:
-            of_scale += tl.sum(tl.load(at + K, mask=here, other=0.0), 0)
+            of_scale += tl.load(at + K, mask=here, other=0.0)
         start += B
-    tl.store(g_bias + k, of_bias, mask=k < K)
+    tl.store(g_bias + k, tl.sum(of_bias, 0), mask=k < K)
     if IS_DYNAMIC:
+        of_scale = tl.sum(of_scale, 0)
         tl.store(g_alpha, tl.sum(tl.where(k < N, of_scale, 0.0), 0))
         tl.store(g_alpha + 1, tl.sum(tl.where((k >= N) & (k < 2 * N), of_scale, 0.0), 0))
         tl.store(g_alpha + 2, tl.sum(tl.where(k >= 2 * N, of_scale, 0.0), 0))

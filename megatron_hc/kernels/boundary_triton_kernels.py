@@ -51,7 +51,7 @@ def forward(  # type: ignore[no-untyped-def]
     h, y, write, keep, w, row_sums, static_read, alpha, norm_weight, norm_bias, new, x, statistics, norm_statistics,
     eps, norm_eps, stream_stride,
     N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, K: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
-    V: tl.constexpr, STAGES: tl.constexpr, IS_HELD: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr,
+    V: tl.constexpr, IS_HELD: tl.constexpr, HAS_OUTPUT: tl.constexpr, IS_DYNAMIC: tl.constexpr,
     IS_CENTRED: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MATRICES: tl.constexpr,
     IS_COMPILED: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def forward(  # type: ignore[no-untyped-def]
         sums = sums + (tl.zeros([P], tl.float32),)
     for _ in tl.static_range(N if IS_DYNAMIC else 0):
         squares = squares + (tl.zeros([P], tl.float32),)
-    for start in tl.range(0, D, E, num_stages=STAGES):
+    for start in range(0, D, E):
         d = start + tl.arange(0, E)
         column = d < D
         streams = ()

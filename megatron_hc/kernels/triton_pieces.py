@@ -18,27 +18,9 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def sums_of(values, COUNT: tl.constexpr, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """COUNT (a power of 2) parts of sums [P] -> [COUNT], as one reduction: threads exchange all of them at a time."""
-    for level in tl.static_range(8):
-        if (COUNT >> level) > 1:
-            joined = ()
-            for p in tl.static_range(COUNT >> (level + 1)):
-                joined = joined + (tl.join(values[p], values[p + (COUNT >> (level + 1))]),)
-            values = joined
-    return tl.sum(tl.reshape(values[0], [P, COUNT]), 0)
-
-
-@triton.jit
 def part_of_sum(x, P: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped-def]
     """[P V] -> [P]: what lies in one thread."""
     return tl.sum(tl.reshape(x, [P, V]), 1)
-
-
-@triton.jit
-def pick(matrix, i, k, A: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One number of a small matrix whose coordinates are i [NP, 1] and k [1, KP]."""
-    return tl.sum(tl.sum(tl.where((i == A) & (k == B), matrix, 0.0), 1), 0)
 
 
 @triton.jit
@@ -75,7 +57,10 @@ def sum_of_rows(rows: Tensor, result: Tensor) -> None:
     """[rows, ...], each in one piece -> the sum of the rows, in an order that depends on their number only; fp32."""
     count, width = rows.shape[0], rows[0].numel()
     if width:
-        _sum_of_rows[(triton.cdiv(width, 16),)](rows, result, count, width, rows.stride(0), B=128, E=16)
+        block = max(32, min(512, triton.next_power_of_2(count)))
+        _sum_of_rows[(triton.cdiv(width, 16),)](
+            rows, result, count, width, rows.stride(0), B=block, E=16, num_warps=block // 32
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -121,10 +106,14 @@ def multiprocessors(device: torch.device) -> int:
 def projection_gradient(g: Tensor, rows: Tensor, num_logits: int) -> Tensor:
     """g [rows, K + 2] in fp32, of which K count, and rows [rows, width] -> their product, W's gradient [K, width]."""
     (count, width), K = rows.shape, num_logits
-    of_program, E = (128, 128) if IS_INTERPRETED else (1024, 512 // rows.element_size())
+    E = 128 if IS_INTERPRETED else 512 // rows.element_size()
+    blocks = triton.cdiv(width, E)
+    of_program = 128
+    while not IS_INTERPRETED and of_program < 1024 and blocks * count > 4 * of_program * multiprocessors(rows.device):
+        of_program *= 2
     parts = triton.cdiv(count, of_program)
     partial = torch.empty(parts, K, width, dtype=torch.float32, device=rows.device)
-    _projection_gradient[(triton.cdiv(width, E), parts)](
+    _projection_gradient[(blocks, parts)](
         *(g, rows, partial, count, g.shape[-1]),
         **{"WIDTH": width, "K": K, "KP": max(16, triton.next_power_of_2(K)), "ROWS": of_program, "B": 32, "E": E},
         **{"IS_COMPILED": not IS_INTERPRETED, "num_warps": 4, "num_stages": 4},
