@@ -163,33 +163,16 @@ def backward(
     wide: dict[str, Any] = {"dtype": torch.float32, "device": new.device}
     g_new, g_x, g_write, g_keep = (g.contiguous() for g in (g_new, g_x, g_write, g_keep))
     constants = constants_of(form, streams, projection)
-    K = constants["K"]
     g_read, of_norm, g_norm = backward_of_read(form, g_x, new, norm_weight, read, norm_statistics)
-    programs = min(triton.cdiv(T, 16), 2 * multiprocessors(new.device))
-    g_z, sums = torch.empty_like(statistics), torch.empty(programs, 3, N, K, **wide)
-    kernels.backward_weights[(programs,)](
-        *(g_read, g_keep, g_write, statistics, pointer(row_sums, read)),
-        *((p.contiguous() for p in parameters[3:]) if is_dynamic else (read, read)),
-        *(g_z, sums, T, form.eps),
-        **take(constants, "N", "D", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES"),
-        M=16,
-        num_warps=8 if constants["HAS_MATRICES"] and constants["NP"] * constants["KP"] > 128 else 4,  # without spills
-    )
-    inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
-    found = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))
-    g_parameters = [torch.empty(p.shape, **wide) for p in parameters]
-    of_row_sums = torch.empty(K, **wide)
-    kernels.parameter_gradients[(1,)](
-        *(sums, *g_parameters[:3], *(g_parameters[3:] if is_dynamic else g_parameters[:2]), of_row_sums, programs),
-        **take(constants, "N", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES"),
-        B=max(1, 4096 // (constants["NP"] * constants["KP"])),
-        num_warps=8,
-    )
+    grads = (g_read, g_keep, g_write)
+    g_z, g_parameters, of_row_sums = backward_of_weights(constants, grads, statistics, parameters, row_sums, form.eps)
     g_projection = torch.empty(0, **wide)
     if is_dynamic:
-        g_projection = projection_gradient(g_z.view(T * N, K + 2), new.view(T * N, D), K)
+        g_projection = projection_gradient(g_z.view(T * N, -1), new.view(T * N, D), constants["K"])
         if row_sums is not None:
             g_projection += of_row_sums.unsqueeze(-1)
+    inputs = (g_new, g_x, streams, output, write, keep, projection, norm_weight)
+    found = backward_of_streams(form, constants, inputs, (read, norm_statistics, g_norm, g_z))
     return [*found, g_projection], of_norm, g_parameters
 
 
@@ -213,6 +196,35 @@ def backward_of_read(
     for row in range(rows):
         sum_of_rows(partial[:, row], of_norm[row])
     return g_read, of_norm, g_norm
+
+
+def backward_of_weights(
+    constants: dict[str, Any],
+    grads: tuple[Tensor, Tensor, Tensor],
+    statistics: Tensor,
+    parameters: list[Tensor],
+    row_sums: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Gradients of read, keep and write -> of the logits (``backward_weights``), the parameters and W's row sums."""
+    g_read = grads[0]
+    (T, N, _), K, is_dynamic = g_read.shape, constants["K"], constants["IS_DYNAMIC"]
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": g_read.device}
+    scales = [p.contiguous() for p in parameters[3:]] if is_dynamic else [g_read, g_read]
+    small = take(constants, "N", "R", "K", "NP", "KP", "IS_DYNAMIC", "IS_CENTRED", "HAS_MATRICES")
+    numbers = constants["NP"] * constants["KP"]
+    programs = min(triton.cdiv(T, 16), 2 * multiprocessors(g_read.device))
+    g_z, sums = torch.empty_like(statistics), torch.empty(programs, 3, N, K, **wide)
+    kernels.backward_weights[(programs,)](
+        *(*grads, statistics, pointer(row_sums, g_read), *scales, g_z, sums, T, eps),
+        **{**small, "D": constants["D"], "M": 16, "num_warps": 8 if numbers > 128 else 4},  # without spills
+    )
+    g_parameters, of_row_sums = [torch.empty(p.shape, **wide) for p in parameters], torch.empty(K, **wide)
+    kernels.parameter_gradients[(1,)](
+        *(sums, *g_parameters[:3], *(g_parameters[3:] or g_parameters[:2]), of_row_sums, programs),
+        **{**small, "B": max(1, 4096 // numbers), "num_warps": 8},
+    )
+    return g_z, g_parameters, of_row_sums
 
 
 def backward_of_streams(

@@ -74,7 +74,9 @@ def _projection_gradient(  # type: ignore[no-untyped-def]
     Rows in bf16 are taken as they are, and g as a sum of three numbers of bf16, 24 bits: the products are exact.
     """
     k, d = tl.arange(0, KP), tl.program_id(0) * E + tl.arange(0, E)
-    first = tl.program_id(1).to(tl.int64) * ROWS
+    # The last rows first: who has just gone through them has left these in the second cache.
+    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = part.to(tl.int64) * ROWS
     g += first * stride
     rows += first * WIDTH
     count = num_rows - first
@@ -94,7 +96,7 @@ def _projection_gradient(  # type: ignore[no-untyped-def]
             total = tl.dot(high, right, total)
         else:
             total = tl.dot(left, right.to(tl.float32), total, input_precision="tf32x3")
-    into = partial + (tl.program_id(1) * K + k[:, None]) * WIDTH + d[None, :]
+    into = partial + (part * K + k[:, None]) * WIDTH + d[None, :]
     tl.store(into, total, mask=(k < K)[:, None] & (d < WIDTH)[None, :])
 
 
