@@ -128,13 +128,23 @@ def with_product(  # type: ignore[no-untyped-def]
 @triton.jit
 def _first_iterate(matrix, N: tl.constexpr, FLOOR: tl.constexpr):  # type: ignore[no-untyped-def]
     """Logits [N, N] as a tuple -> exp of them less the largest of their column, not below FLOOR."""
+    tops = _largest(matrix, N)
     found = ()
     for a in tl.static_range(N):
         for b in tl.static_range(N):
-            top = matrix[b]
-            for other in tl.static_range(1, N):
-                top = tl.maximum(top, matrix[other * N + b])
-            found = found + (tl.exp(tl.maximum(matrix[a * N + b] - top, FLOOR)),)
+            found = found + (tl.exp(tl.maximum(matrix[a * N + b] - tops[b], FLOOR)),)
+    return found
+
+
+@triton.jit
+def _largest(matrix, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of every column."""
+    found = ()
+    for b in tl.static_range(N):
+        top = matrix[b]
+        for other in tl.static_range(1, N):
+            top = tl.maximum(top, matrix[other * N + b])
+        found = found + (top,)
     return found
 
 
@@ -299,12 +309,10 @@ def backward_weights(  # type: ignore[no-untyped-def]
         matrix = _scaled(matrix, rows, True, True, N)
         grad = _undone(grad, matrix, totals, False, N)
         matrix = _scaled(matrix, totals, False, True, N)
+    tops = _largest(logits, N)
     for k in tl.static_range(2 * N, K):
         _, normed, inverse = _logit(statistics, alpha, bias, t, here, wide_eps, k, N, K, IS_DYNAMIC)
-        top = logits[(k - 2 * N) % N]
-        for other in tl.static_range(1, N):
-            top = tl.maximum(top, logits[other * N + (k - 2 * N) % N])
-        g = tl.where(logits[k - 2 * N] - top > FLOOR, grad[k - 2 * N] * matrix[k - 2 * N], 0.0)
+        g = tl.where(logits[k - 2 * N] - tops[(k - 2 * N) % N] > FLOOR, grad[k - 2 * N] * matrix[k - 2 * N], 0.0)
         along += _give(g, normed, inverse, alpha, g_z, into, t, here, k, N, K, IS_DYNAMIC)
     if IS_DYNAMIC:
         tl.store(g_z + t * (K + 2) + K, tl.zeros([M], tl.float32), mask=here)
@@ -314,13 +322,15 @@ def backward_weights(  # type: ignore[no-untyped-def]
 @triton.jit
 def _undone(grad, matrix, sums, IS_ROWS: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Through matrix = previous / its sums, one per row or per column: from the gradient of matrix to previous'."""
+    products = ()
+    for a in tl.static_range(N * N):
+        products = products + (grad[a] * matrix[a],)
+    through = _sums(products, IS_ROWS, N)
     found = ()
     for a in tl.static_range(N):
         for b in tl.static_range(N):
-            through = tl.zeros_like(grad[0])
-            for c in tl.static_range(N):
-                through += grad[a * N + c] * matrix[a * N + c] if IS_ROWS else grad[c * N + b] * matrix[c * N + b]
-            found = found + ((grad[a * N + b] - through) / (sums[a] if IS_ROWS else sums[b]),)
+            less = grad[a * N + b] - through[a if IS_ROWS else b]
+            found = found + (less / sums[a if IS_ROWS else b],)
     return found
 
 
