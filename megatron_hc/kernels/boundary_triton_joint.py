@@ -7,7 +7,7 @@ back. Forward: H' (reads (n + 1) C numbers per token, writes n C); the product (
 thread with Sinkhorn in its registers; the read and its norm (reads n C, writes C). Backward: sums over D (reads
 (n + 1) C); through Sinkhorn and the sigmoids, a token per thread; the product, added to the gradient of H' (reads n C,
 writes n C); the streams (reads (2 n + 2) C, writes (n + 1) C); the product for W's gradient (reads n C). What is done
-row by row are kernels of ``boundary_triton``. The gradient of H' is rounded once more than there, with the product.
+row by row are kernels of ``boundary_triton``. The gradient of H' is kept in fp32 between the product and the rest.
 
 Streams in bf16 are factors as they are, and W as a sum of three numbers of bf16, 24 bits: products are exact and their
 sums are fp32. Sums over tokens leave a program as partial sums and are added in a fixed order.
@@ -156,12 +156,12 @@ def backward(
     )
     if projection is not None:
         g_projection = projection_gradient(g_z.view(T, K + 2), new.view(T, N * D), K)
-        with_product = torch.empty_like(g_new)
+        with_product = torch.empty(g_new.shape, **wide)  # rounded with all the rest of it, once
         blocks = triton.cdiv(N * D, E)
         programs = max(1, min(triton.cdiv(T, M), 3 * multiprocessors(new.device) // blocks))
         kernels.with_product[(blocks, programs)](
             *(g_new, g_z, _factors(constants, projection), with_product, T),
-            **take(constants, "WIDTH", "K", "KP", "IS_SPLIT", "IS_COMPILED"),
+            **take(constants, "WIDTH", "K", "KP", "IS_SPLIT"),
             **{"M": M, "E": E, "STAGES": 3, "num_warps": 4},
         )
         g_new = with_product

@@ -93,9 +93,9 @@ def logits(  # type: ignore[no-untyped-def]
 def with_product(  # type: ignore[no-untyped-def]
     g_new, g_z, w, result, num_tokens,
     WIDTH: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, M: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
-    IS_SPLIT: tl.constexpr, IS_COMPILED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of H' [T, WIDTH] and, added, that of the logits [T, K + 2] times W, rounded.
+    """The gradient of H' [T, WIDTH] and, added, that of the logits [T, K + 2] times W, in fp32.
 
     E columns, whose part of W stays, of every ``num_programs``-th M tokens.
     """
@@ -122,7 +122,7 @@ def with_product(  # type: ignore[no-untyped-def]
             total = tl.dot(high, right, total)
         else:
             total = tl.dot(left, right, total, input_precision="tf32x3")
-        tl.store(result + at, rounded(total, result.dtype.element_ty, IS_COMPILED), mask=here)
+        tl.store(result + at, total, mask=here)
 
 
 @triton.jit

@@ -25,10 +25,17 @@ def part_of_sum(x, P: tl.constexpr, V: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """To nearest; two numbers of bf16 by one instruction, which the compiler does not find if they are used again."""
+    """To nearest; two numbers of bf16 by one instruction, which the compiler does not find if they are used again.
+
+    The interpreter cuts off what bf16 has no room for, so that here nothing is left to be cut off.
+    """
     if IS_COMPILED and dtype == tl.bfloat16:
         asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
         return tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

@@ -84,22 +84,19 @@ def problem(kind: str, n: int, d: int, tokens: int, has_output: bool = True) -> 
 
 
 class Given(torch.autograd.Function):
-    """In place of H' what an operation has stored; its gradient is rounded to bf16, or cut off, on the way back."""
+    """In place of H' what an operation has stored; its gradient is rounded to bf16 on the way back."""
 
     @staticmethod
-    def forward(ctx, exact: Tensor, stored: Tensor, cuts: bool) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.cuts = cuts
+    def forward(ctx, exact: Tensor, stored: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         return stored.double()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        grad = grad.float()
-        cut = (grad.view(torch.int32) & -65536).view(torch.float32) if ctx.cuts else grad.bfloat16()
-        return cut.double(), None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad.float().bfloat16().double(), None
 
 
 def reference(
-    form: Form, inputs: list, grads: list[Tensor], stored: Tensor | None, cuts: bool
+    form: Form, inputs: list, grads: list[Tensor], stored: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The formulas in float64 by autograd -> four results and the gradients of all inputs; the size of each one.
 
@@ -112,7 +109,7 @@ def reference(
     exact = streams
     if output is not None:
         exact = torch.einsum("tij,tid->tjd", keep, streams) + torch.einsum("trj,trd->tjd", write, output)
-    new = exact.clone() if stored is None else Given.apply(exact, stored, cuts)
+    new = exact.clone() if stored is None else Given.apply(exact, stored)
     T, logits = new.shape[0], None
     if projection is not None:
         rows = new.flatten(1).unsqueeze(1) if form.is_joint else new
@@ -180,20 +177,19 @@ def check(
     tokens: int,
     has_output: bool = True,
     device: str = "cpu",
-    cuts: bool = False,
 ) -> list[float]:
-    """-> error of every result over its bound. ``cuts``: numbers are cut off to bf16, twice the error of rounding."""
+    """-> error of every result over its bound."""
     form, inputs, grads = problem(kind, n, d, tokens, has_output)
     inputs, grads = rounded(inputs, grads, dtype)
     found, again = (results(form._replace(backend=backend), inputs, grads, dtype, device) for _ in range(2))
     is_narrow = dtype == torch.bfloat16
-    expected, sizes = reference(form, inputs, grads, found[0] if is_narrow else None, cuts)
+    expected, sizes = reference(form, inputs, grads, found[0] if is_narrow else None)
     shares = []
     for position, (ours, twice, right, size) in enumerate(zip(found, again, expected, sizes, strict=True)):
         assert torch.equal(ours, twice), f"{kind} {n, d, tokens}: result {position} differs between two runs"
         # Write and keep: products of the rounded gradient of H'.
         is_rounded = ours.dtype == torch.bfloat16 or (is_narrow and has_output and position in (6, 7))
-        bound = BOUND[torch.bfloat16 if is_rounded else torch.float32] * (2 if cuts and is_rounded else 1)
+        bound = BOUND[torch.bfloat16 if is_rounded else torch.float32]
         error = (ours.double() - right).norm()
         assert error <= bound * size, f"{backend} {kind} {n, d, tokens}: result {position} {error / size:.1e} > {bound}"
         shares.append(float(error / (bound * size)) if size else 0.0)
