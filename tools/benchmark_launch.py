@@ -30,7 +30,7 @@ def launch(shape: argparse.Namespace, dtype: torch.dtype, report: Report) -> Non
 
     for method in KERNELS:
         measure = functools.partial(kernel, method, 4, shape.hidden, shape.seq * shape.batch, dtype, shape)
-        for name, options in candidates(boundary_triton):
+        for name, options in candidates(boundary_triton, method):
             print(f"{name:38s}", end="", flush=True)
             with replaced(boundary_triton, options):
                 row = report.attempt(f"{method} {name}", measure)
@@ -38,10 +38,12 @@ def launch(shape: argparse.Namespace, dtype: torch.dtype, report: Report) -> Non
                 report.add("launch", {"options": name, **row})
 
 
-def candidates(module: Any) -> Iterator[tuple[str, dict[str, Callable[..., Any]]]]:
-    """(name, functions of ``boundary_triton`` that choose)."""
+def candidates(module: Any, method: str) -> Iterator[tuple[str, dict[str, Callable[..., Any]]]]:
+    """(name, functions of ``boundary_triton`` that choose); mHC's forward pass has kernels of its own, row by row."""
     yield "as chosen", {}
     for chooser in CHOOSERS:
+        if chooser == ("forward_options" if method == "mhc" else "row_options"):
+            continue
         kernel = chooser.removesuffix("_options")
         if chooser != "row_options":
             for columns in COLUMNS:

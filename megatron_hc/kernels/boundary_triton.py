@@ -2,12 +2,12 @@
 
 Dims as in ``boundary_triton_kernels``.
 
-Forward: one kernel, a token per warp, reads (n + 1) C numbers per token and writes (n + 1) C (and reads H' again, from
-the second cache); a small one makes the weights that go on. Backward: the sums over D that everything else waits for
-(reads (n + 1) C); through tanh, a number per thread; the streams, a token per warp (reads (2 n + 2) C, writes
-(n + 1) C); W's gradient as a product of matrices (reads n C). Any N up to 8 and any D, masked; the number of tokens is
-no constant of a kernel. What is summed over tokens leaves a program as a partial sum in fp32, and these are added in a
-fixed order. Everything is computed in fp32 and rounded to the streams' dtype once.
+Forward: one kernel, a token per warp up to C = 2,048, reads (n + 1) C numbers per token and writes (n + 1) C (and reads
+H' again, from the second cache); a small one makes the weights that go on. Backward: the sums over D that everything
+else waits for (reads (n + 1) C); through tanh, a number per thread; the streams, a token per warp (reads (2 n + 2) C,
+writes (n + 1) C); W's gradient as a product of matrices (reads n C). Any N up to 8 and any D, masked; the number of
+tokens is no constant of a kernel. What is summed over tokens leaves a program as a partial sum in fp32, and these are
+added in a fixed order. Everything is computed in fp32 and rounded to the streams' dtype once.
 
 Measured on an H200 and left out, each slower: sums between threads as products of matrices; the streams' gradients in
 columns, with W and its gradient in registers; loads ahead of time through shared memory.
@@ -63,14 +63,18 @@ def row_options(constants: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_options(constants: dict[str, Any]) -> dict[str, Any]:
-    """Of ``backward_read``: a thread holds 64 columns of the gradient of the norm's parameters."""
-    N, R, kinds = constants["N"], constants["R"], constants["NORM"]
-    num_warps = max(1, min(16, constants["RP"] * constants["DP"] * max(1, kinds) // 2048))
-    held = R * max(1, kinds) * -(-constants["D"] // (32 * num_warps))
-    width, taken = constants["V"], held + (2 * N * R + N * R + (R + N if kinds == 2 else 0))
-    while width > 1 and taken + width * (N + 2 * R) > 200:
+    """Of ``backward_read``: a thread has some 64 columns of the norm's gradient, fewer where there are many sums."""
+    N, R, kinds = constants["N"], constants["R"], max(1, constants["NORM"])
+    num_warps = max(1, min(16, constants["RP"] * constants["DP"] * kinds // 2048))
+    sums = 2 * N * R + (R + N if kinds == 2 else 0)
+    is_held = sums + N * R <= 120
+    taken = sums + (N * R if is_held else 0)
+    while num_warps < 16 and taken + R * kinds * -(-constants["D"] // (32 * num_warps)) > 160:
+        num_warps *= 2
+    width, taken = constants["V"], taken + R * kinds * -(-constants["D"] // (32 * num_warps))
+    while width > 2 and taken + width * (N + 2 * R) > 200:
         width //= 2
-    return {"E": 32 * num_warps * width, "V": width, "num_warps": num_warps}
+    return {"E": 32 * num_warps * width, "V": width, "IS_HELD": is_held, "num_warps": num_warps}
 
 
 def streams_options(form: Form, constants: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def backward_of_read(
         **take(constants, "N", "D", "R", "NORM"),
         **options,
     )
-    of_norm = [torch.empty(R * D, **wide) for _ in range(2)]
+    of_norm = [torch.zeros(R * D, **wide) if row >= rows else torch.empty(R * D, **wide) for row in range(2)]
     for row in range(rows):
         sum_of_rows(partial[:, row], of_norm[row])
     return g_read, of_norm, g_norm

@@ -12,7 +12,8 @@ from megatron_hc.kernels.triton_pieces import part_of_sum, rounded, tanh
 @triton.jit(do_not_specialize=["num_tokens"])
 def backward_read(  # type: ignore[no-untyped-def]
     g_x, new, norm_weight, read, norm_statistics, g_read, g_norm, partial, num_tokens,
-    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, E: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, R: tl.constexpr, E: tl.constexpr, V: tl.constexpr, IS_HELD: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th token: gradient of read, what the norm takes off that of x, the norm's parameters'.
 
@@ -36,7 +37,8 @@ def backward_read(  # type: ignore[no-untyped-def]
         if NORM > 0:
             mean = tl.load(norm_statistics + 2 * t)
             inverse = tl.load(norm_statistics + 2 * t + 1)
-        reads = scalars(read + t * N * R, N * R if NORM > 0 else 0, True)
+        of_read = read + t * N * R
+        reads = scalars(of_read, N * R if NORM > 0 else 0, IS_HELD)
         sums = ()  # of g and every stream; of hat and every stream; of g; of every stream
         for _ in tl.static_range(N * R + (N * R if NORM > 0 else 0) + (R + N if NORM == 2 else 0)):
             sums = sums + (tl.zeros([P], tl.float32),)
@@ -54,9 +56,9 @@ def backward_read(  # type: ignore[no-untyped-def]
             for q in tl.static_range(R):
                 g = tl.load(g_x + (t * R + q) * D + d, mask=column, other=0.0, cache_modifier=".cg").to(tl.float32)
                 if NORM > 0:
-                    hat = reads[q] * rows[0]
+                    hat = one_of(reads, of_read, q, IS_HELD) * rows[0]
                     for j in tl.static_range(1, N):
-                        hat += reads[j * R + q] * rows[j]
+                        hat += one_of(reads, of_read, j * R + q, IS_HELD) * rows[j]
                     hat = tl.where(column, hat - mean, 0.0) * inverse if NORM == 2 else hat * inverse
                     weight_sums = weight_sums + (of_weight[block * R + q] + g * hat,)
                     if NORM == 2:
@@ -84,7 +86,7 @@ def backward_read(  # type: ignore[no-untyped-def]
         for a in tl.static_range(N * R):
             found = found + (tl.sum(sums[a], 0),)
             if NORM > 0:
-                along += reads[a] * found[a]
+                along += one_of(reads, of_read, a, IS_HELD) * found[a]
         if NORM == 2:
             for q in tl.static_range(R):
                 offset += tl.sum(sums[2 * N * R + q], 0)

@@ -1,6 +1,7 @@
 """A boundary of mHC in Triton.
 
-Dims: T tokens, N streams, D width of a stream, K = N^2 + 2 N logits, KP: the next power of 2; M tokens, E columns.
+Dims: T tokens, N streams, D width of a stream, K = N^2 + 2 N logits, KP: the next power of 2, at least 16; M tokens, E
+columns of a program.
 
 W has K rows of N D numbers, too many to pass by every token: logits are a product of matrices, and so is what they give
 back. Forward: H' (reads (n + 1) C numbers per token, writes n C); the product (reads n C); the weights, a token per
@@ -10,7 +11,8 @@ writes n C); the streams (reads (2 n + 2) C, writes (n + 1) C); the product for 
 row by row are kernels of ``boundary_triton``. The gradient of H' is kept in fp32 between the product and the rest.
 
 Streams in bf16 are factors as they are, and W as a sum of three numbers of bf16, 24 bits: products are exact and their
-sums are fp32. Sums over tokens leave a program as partial sums and are added in a fixed order.
+sums are fp32. (What the logits give back to the streams has 16 bits of both factors: it is rounded to 8.) Sums over
+tokens leave a program as partial sums and are added in a fixed order.
 """
 
 from __future__ import annotations

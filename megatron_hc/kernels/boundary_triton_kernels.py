@@ -3,7 +3,8 @@
 Dims: T tokens, N streams, D width of one stream, R parts read and written, C = R D, K logits of a row: R of the read,
 N of keep, then one of the write, whose [R, N] is zero off the diagonal where R is N (hyper- and frac-connections, one
 scale alpha, one beta), or R of it, which fill it (virtual width, a matrix of scales alpha [N, R + N], beta [R, N]).
-NP, RP, DP, KP: the next power of 2 (KP: of K + 2). V numbers lie side by side in one thread, E columns in a program.
+NP, RP, DP, KP: the next power of 2 (KP: of K + 2; DP at least 32). A thread has V columns of E at a time, P = E / V
+threads a token; M tokens of a program whose threads have a number each.
 
 Every stream is a vector of numbers over the threads of a program, so that what mixes streams is arithmetic within a
 thread, and its weights are loaded as scalars. Streams pass the first cache (.cg), which is left to W.

@@ -35,7 +35,7 @@ def rounded(x, dtype: tl.constexpr, IS_COMPILED: tl.constexpr):  # type: ignore[
     if dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
     return x.to(dtype)
 
 
@@ -55,14 +55,14 @@ def _sum_of_rows(  # type: ignore[no-untyped-def]
     while start < num_rows:
         r = start + tl.arange(0, B)
         here = (r < num_rows)[:, None] & (d < width)[None, :]
-        total += tl.load(rows + r[:, None] * stride + d[None, :], mask=here, other=0.0)
+        total += tl.load(rows + r[:, None].to(tl.int64) * stride + d[None, :], mask=here, other=0.0)
         start += B
     tl.store(result + d, tl.sum(total, 0), mask=d < width)
 
 
 def sum_of_rows(rows: Tensor, result: Tensor) -> None:
     """[rows, ...], each in one piece -> the sum of the rows, in an order that depends on their number only; fp32."""
-    count, width = rows.shape[0], rows[0].numel()
+    count, width = rows.shape[0], rows.shape[1:].numel()
     if width:
         block = max(32, min(512, triton.next_power_of_2(count)))
         _sum_of_rows[(triton.cdiv(width, 16),)](
@@ -82,8 +82,8 @@ def _projection_gradient(  # type: ignore[no-untyped-def]
     """
     k, d = tl.arange(0, KP), tl.program_id(0) * E + tl.arange(0, E)
     # The last rows first: who has just gone through them has left these in the second cache.
-    part = tl.num_programs(1) - 1 - tl.program_id(1)
-    first = part.to(tl.int64) * ROWS
+    part = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    first = part * ROWS
     g += first * stride
     rows += first * WIDTH
     count = num_rows - first

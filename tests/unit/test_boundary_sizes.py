@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -31,12 +32,21 @@ NORM_EPS = 0.1
 rounding errors of what cancels, and no comparison of it could be a narrow one."""
 
 
+@contextmanager
+def poison() -> Iterator[None]:
+    """Memory that an operation has not written is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Memory that an operation has not written is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poison():
+        yield
 
 
 @pytest.fixture(params=["torch", "cpp"])

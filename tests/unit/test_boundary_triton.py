@@ -10,8 +10,7 @@ import pytest
 import torch
 from helpers import build, gradients, random_tokens, randomise, small_config
 from test_boundary import counted, distance
-from test_boundary_sizes import BOUND, check, check_folds, problem
-from test_boundary_sizes import poisoned as poisoned  # of every test here, too
+from test_boundary_sizes import BOUND, check, check_folds, poison, problem
 
 from megatron_hc.kernels import boundary
 from megatron_hc.kernels.coefficients import Form
@@ -55,6 +54,8 @@ ALL_CASES += [
     for n in (1, 2, 3, 8)
     for tokens in (1, 7)
 ]
+MANY_TOKENS = [("hyper", 4, 48, 5000, True), ("frac", 2, 64, 5000, True), ("virtual-layernorm", 2, 48, 5000, True)]
+"""More than all programs of a GPU take at once."""
 FEW_TOKENS = [case for case in ALL_CASES if case[3] <= 7]  # the interpreter goes through them one by one
 
 
@@ -74,7 +75,8 @@ def check_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> 
     form, (streams, *_), _ = problem(kind, n, d, tokens, has_output)
     module = boundary.implementation(form._replace(backend="triton"), streams.to(dtype))
     assert module.__name__.startswith("megatron_hc.kernels.boundary_triton"), "torch did it"
-    check("triton", kind, dtype, n, d, tokens, has_output, DEVICE)
+    with poison():
+        check("triton", kind, dtype, n, d, tokens, has_output, DEVICE)
 
 
 @runs_kernels
@@ -82,6 +84,11 @@ def check_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_kernels(case: tuple[str, int, int, int, bool], dtype: torch.dtype) -> None:
     check_kernels(case, dtype)
+
+
+@runs_kernels
+def test_more_tokens_than_all_programs_take_at_once() -> None:
+    check_kernels(("hyper-layernorm", 2, 16, 70 if IS_INTERPRETED else 5000, True), torch.float32)
 
 
 @runs_kernels
@@ -100,7 +107,7 @@ def test_sizes_in_the_interpreter(case: tuple[str, int, int, int, bool]) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", ALL_CASES + MANY_TOKENS, ids=lambda case: "-".join(map(str, case)))
 def test_sizes_on_a_gpu(case: tuple[str, int, int, int, bool]) -> None:
     for dtype in BOUND:
         check_kernels(case, dtype)

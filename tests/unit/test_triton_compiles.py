@@ -83,6 +83,7 @@ MORE = [
     for d in (48, 1024)
     if kind != "mhc" or 1 < n < 8  # n = 8 takes minutes
 ]
+MORE += [("hyper", 4, 4096, 7, True), ("hyper", 8, 8192, 7, True), ("frac", 8, 2048, 7, True)]
 
 
 def check(case: tuple[str, int, int, int, bool], dtype: torch.dtype, compiled: list[str]) -> None:
@@ -97,7 +98,8 @@ def check(case: tuple[str, int, int, int, bool], dtype: torch.dtype, compiled: l
     given = [g.to(t.dtype) for g, t in zip(grads, (new, x, write, keep), strict=True)]
     kept = (new, read, statistics, of_norm)
     pieces.backward(form, *given, *tensors[:6], parameters, sums, *kept)
-    wanted = {"weights", "backward_read", "backward_weights", "backward_streams", "parameter_gradients"}
+    wanted = {"weights", "backward_read", "backward_weights", "backward_streams", "parameter_gradients", "_sum_of_rows"}
+    wanted |= {"fold", "read_and_norm"} if form.is_joint else {"forward"}
     if tensors[4] is not None:
         wanted |= {"_projection_gradient", *(("logits", "with_product") if form.is_joint else ())}
     assert wanted <= set(compiled)
