@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_hc.kernels.boundary_triton_kernels import one_of, place_in_write, scalars, scales_of
+from megatron_hc.kernels.boundary_triton_kernels import one_of, place_in_write, scalars, scales_of, settled, vectors
 from megatron_hc.kernels.triton_pieces import part_of_sum, rounded, tanh
 
 
@@ -245,28 +245,17 @@ def backward_streams(  # type: ignore[no-untyped-def]
     for start in range(0, D, E):
         d = start + tl.arange(0, E)
         column = d < D
-        streams = ()
-        for s in tl.static_range(N):
-            streams = streams + (tl.load(token + s * stream_stride + d, mask=column, other=0.0, cache_modifier=".cg"),)
-        parts = ()
-        if HAS_OUTPUT:
-            for q in tl.static_range(R):
-                parts = parts + (tl.load(y + (t * R + q) * D + d, mask=column, other=0.0, cache_modifier=".cg"),)
+        streams = vectors(token, stream_stride, d, column, N)
+        parts = vectors(y + t * R * D, D, d, column, R if HAS_OUTPUT else 0)
         dxs = ()
         for q in tl.static_range(R):
             g = tl.load(g_x + (t * R + q) * D + d, mask=column, other=0.0, cache_modifier=".cg")
             dxs = dxs + (g.to(tl.float32),)
-        grads = ()
-        for j in tl.static_range(N):
-            grads = grads + (tl.load(g_new + (t * N + j) * D + d, mask=column, other=0.0, cache_modifier=".cg"),)
+        grads = vectors(g_new + t * N * D, D, d, column, N)
         rows = ()
         for j in tl.static_range(N):
             if HAS_OUTPUT:
-                total = one_of(keeps, of_keep, j, IS_HELD) * streams[0].to(tl.float32)
-                for s in tl.static_range(1, N):
-                    total += one_of(keeps, of_keep, s * N + j, IS_HELD) * streams[s].to(tl.float32)
-                for q in tl.static_range(R):
-                    total += one_of(writes, of_write, q * N + j, IS_HELD) * parts[q].to(tl.float32)
+                total = settled(streams, parts, keeps, of_keep, writes, of_write, j, N, R, IS_HELD)
             else:
                 total = streams[j].to(tl.float32)
             rows = rows + (total,)

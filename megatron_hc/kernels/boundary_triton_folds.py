@@ -43,7 +43,7 @@ def fold_all(  # type: ignore[no-untyped-def]
             parts = parts + (tl.load(one, mask=column, other=0.0, cache_modifier=".cg"),)
         rows = ()
         for j in tl.static_range(N):
-            total = settled(streams, parts, keeps[b], writes[b], t, j, N, R)
+            total = settled(streams, parts, (), keeps[b] + t * N * N, (), writes[b] + t * R * N, j, N, R, False)
             stored = rounded(total, h.dtype.element_ty, IS_COMPILED)
             tl.store(news[b] + (t * N + j) * D + d, stored, mask=column)
             rows = rows + (stored,)

@@ -6,9 +6,9 @@ columns of a program.
 W has K rows of N D numbers, too many to pass by every token: logits are a product of matrices, and so is what they give
 back. Forward: H' (reads (n + 1) C numbers per token, writes n C); the product (reads n C); the weights, a token per
 thread with Sinkhorn in its registers; the read and its norm (reads n C, writes C). Backward: sums over D (reads
-(n + 1) C); through Sinkhorn and the sigmoids, a token per thread; the product, added to the gradient of H' (reads n C,
-writes n C); the streams (reads (2 n + 2) C, writes (n + 1) C); the product for W's gradient (reads n C). What is done
-row by row are kernels of ``boundary_triton``. The gradient of H' is kept in fp32 between the product and the rest.
+(n + 1) C); through Sinkhorn and the sigmoids, a token per thread; the product for W's gradient (reads n C); the product
+for the streams, added to the gradient of H' (reads n C, writes n C in fp32, so that all of it is rounded once); the
+streams (reads (2 n + 2) C, writes (n + 1) C). What is done row by row are kernels of ``boundary_triton``.
 
 Streams in bf16 are factors as they are, and W as a sum of three numbers of bf16, 24 bits: products are exact and their
 sums are fp32. (What the logits give back to the streams has 16 bits of both factors: it is rounded to 8.) Sums over

@@ -54,7 +54,8 @@ def fold(  # type: ignore[no-untyped-def]
     for j in tl.static_range(N):
         stored = streams[j]
         if HAS_OUTPUT:
-            stored = rounded(settled(streams, parts, keep, write, t, j, N, 1), new.dtype.element_ty, IS_COMPILED)
+            total = settled(streams, parts, (), keep + t * N * N, (), write + t * N, j, N, 1, False)
+            stored = rounded(total, new.dtype.element_ty, IS_COMPILED)
         tl.store(new + (t * N + j) * D + d, stored, mask=column)
         square += stored.to(tl.float32) * stored.to(tl.float32)
     if IS_DYNAMIC:

@@ -19,19 +19,6 @@ from megatron_hc.kernels.triton_pieces import part_of_sum, rounded, tanh
 
 
 @triton.jit
-def settled(  # type: ignore[no-untyped-def]
-    streams, parts, keep, write, t, j: tl.constexpr, N: tl.constexpr, R: tl.constexpr
-):  # fmt: skip
-    """Stream j of H' in fp32: keep^T H + write^T Y."""
-    total = tl.load(keep + t * N * N + j) * streams[0].to(tl.float32)
-    for s in tl.static_range(1, N):
-        total += tl.load(keep + (t * N + s) * N + j) * streams[s].to(tl.float32)
-    for q in tl.static_range(R):
-        total += tl.load(write + (t * R + q) * N + j) * parts[q].to(tl.float32)
-    return total
-
-
-@triton.jit
 def scalars(base, COUNT: tl.constexpr, IS_HELD: tl.constexpr):  # type: ignore[no-untyped-def]
     """COUNT numbers that lie side by side, each in every thread, if registers have room for them."""
     found = ()
@@ -45,6 +32,29 @@ def scalars(base, COUNT: tl.constexpr, IS_HELD: tl.constexpr):  # type: ignore[n
 def one_of(held, base, place: tl.constexpr, IS_HELD: tl.constexpr):  # type: ignore[no-untyped-def]
     """One of ``scalars``."""
     return held[place] if IS_HELD else tl.load(base + place)
+
+
+@triton.jit
+def vectors(base, stride, d, column, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Columns d of COUNT rows."""
+    found = ()
+    for row in tl.static_range(COUNT):
+        found = found + (tl.load(base + row * stride + d, mask=column, other=0.0, cache_modifier=".cg"),)
+    return found
+
+
+@triton.jit
+def settled(  # type: ignore[no-untyped-def]
+    streams, parts, keeps, of_keep, writes, of_write, j: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    IS_HELD: tl.constexpr,
+):  # fmt: skip
+    """Stream j of H' in fp32: keep^T H + write^T Y, of one token's keep and write."""
+    total = one_of(keeps, of_keep, j, IS_HELD) * streams[0].to(tl.float32)
+    for s in tl.static_range(1, N):
+        total += one_of(keeps, of_keep, s * N + j, IS_HELD) * streams[s].to(tl.float32)
+    for q in tl.static_range(R):
+        total += one_of(writes, of_write, q * N + j, IS_HELD) * parts[q].to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -79,22 +89,13 @@ def forward(  # type: ignore[no-untyped-def]
     for start in range(0, D, E):
         d = start + tl.arange(0, E)
         column = d < D
-        streams = ()
-        for s in tl.static_range(N):
-            streams = streams + (tl.load(token + s * stream_stride + d, mask=column, other=0.0, cache_modifier=".cg"),)
-        parts = ()
-        if HAS_OUTPUT:
-            for q in tl.static_range(R):
-                parts = parts + (tl.load(y + (t * R + q) * D + d, mask=column, other=0.0, cache_modifier=".cg"),)
+        streams = vectors(token, stream_stride, d, column, N)
+        parts = vectors(y + t * R * D, D, d, column, R if HAS_OUTPUT else 0)
         rows = ()
         for j in tl.static_range(N):
             stored = streams[j]
             if HAS_OUTPUT:
-                total = one_of(keeps, of_keep, j, IS_HELD) * streams[0].to(tl.float32)
-                for s in tl.static_range(1, N):
-                    total += one_of(keeps, of_keep, s * N + j, IS_HELD) * streams[s].to(tl.float32)
-                for q in tl.static_range(R):
-                    total += one_of(writes, of_write, q * N + j, IS_HELD) * parts[q].to(tl.float32)
+                total = settled(streams, parts, keeps, of_keep, writes, of_write, j, N, R, IS_HELD)
                 stored = rounded(total, new.dtype.element_ty, IS_COMPILED)
             tl.store(new + (t * N + j) * D + d, stored, mask=column)
             rows = rows + (stored.to(tl.float32),)
