@@ -2,9 +2,10 @@
 
 Assumed: collectives of tensor and expert parallelism wait for nothing to hide them; those of data parallelism hide
 behind the last micro-batch's backward pass with --overlap-grad-reduce and behind the first forward pass with
---overlap-param-gather; messages between stages travel beside the passes and delay only who waits for them. The residual
-path is counted at the least traffic that a kernel can have which does a boundary in one pass (write of a sublayer,
-mixing weights, read and norm of the next): docs/scale.md has the table.
+--overlap-param-gather; messages between stages travel beside the passes and delay only who waits for them. Methods with
+a fused boundary (write of a sublayer, mixing weights, read and norm of the next) are counted by what its kernels move,
+at the share of the bandwidth that these reach; all others at the least traffic of a kernel that does a boundary in one
+pass: docs/scale.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from megatron_hc.estimate.hardware import Hardware
 from megatron_hc.estimate.paper import PaperRank
 from megatron_hc.estimate.trace import Pass, StageTrace
 from megatron_hc.parallel.stages import boundary_of
-from megatron_hc.residual import LinearMix
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,9 @@ class Roofline:
         share = {"forward": 0, "backward": 1, "backward_input": 1, "backward_weight": None}[kind]
         residual = elementwise = 0.0
         if share is not None:
-            residual = self._residual_bytes(stage)[share] / memory
+            moved = self._residual_seconds(rank, stage)
+            residual = moved[share] + share * self._residual_repeats(rank) * moved[0]
             elementwise = self._elementwise_bytes(rank, stage) * (1 + share) / memory
-            if share == 1:
-                residual += self._residual_repeats(rank) * self._residual_bytes(stage)[0] / memory
             if share == 1 and self.config.parallel.recompute_granularity == "full":
                 elementwise += self._elementwise_bytes(rank, stage) / memory
         return PassSeconds(
@@ -73,7 +72,7 @@ class Roofline:
         parallel = self.config.parallel
         if parallel.recompute_granularity == "full":
             return 1 + parallel.recomputes_residual
-        return parallel.recomputes_residual * (0.5 if _has_fused_boundaries(rank) else 1)
+        return parallel.recomputes_residual * (0.5 if rank.fused_boundaries else 1)
 
     def _tokens(self) -> float:
         """Of a micro-batch, those on one rank outside of the tensor-parallel regions."""
@@ -81,21 +80,31 @@ class Roofline:
         shard = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
         return config.training.micro_batch_size * config.model.seq_length / shard
 
-    def _residual_bytes(self, stage: tuple[int, int]) -> tuple[float, float]:
-        """Bytes that the residual path of a stage's layers reads and writes, forward and backward."""
-        model = self.config.model
+    def _residual_seconds(self, rank: PaperRank, stage: tuple[int, int]) -> tuple[float, float]:
+        """What the residual path of a stage's layers takes, forward and backward."""
+        memory = self.hardware.memory_tb_s * 1e12
         forward = backward = 0.0
         for layer in range(*stage):
-            streams = history = 0.0
-            for crossing in boundary_of(self.config, layer):
-                width = crossing.num_bytes / (self.config.training.micro_batch_size * model.seq_length)
-                streams += width if crossing.spec.kind == "stream" else 0
-                history += width if crossing.spec.kind == "history" else 0
-            unit = model.hidden_size * (2 if self.config.training.bf16 else 4)
-            is_plain = streams == unit and not history and model.residual.residual_connection == "plain"
-            forward += 2 * (2 * streams + 2 * unit + history)
-            backward += 2 * ((2 if is_plain else 3) * streams + (2 if is_plain else 3) * unit + 2 * history)
+            there, back, share = *self._least_bytes(layer), self.hardware.memory_efficiency
+            if layer in rank.fused_boundaries:
+                there, back = map(sum, zip(*rank.fused_boundaries[layer], strict=True))
+                share = self.hardware.boundary_efficiency
+            forward += there / (memory * share)
+            backward += back / (memory * share)
         return forward * self._tokens(), backward * self._tokens()
+
+    def _least_bytes(self, layer: int) -> tuple[float, float]:
+        """Bytes per token that a layer's residual path has to read and write at least, forward and backward."""
+        model = self.config.model
+        streams = history = 0.0
+        for crossing in boundary_of(self.config, layer):
+            width = crossing.num_bytes / (self.config.training.micro_batch_size * model.seq_length)
+            streams += width if crossing.spec.kind == "stream" else 0
+            history += width if crossing.spec.kind == "history" else 0
+        unit = model.hidden_size * (2 if self.config.training.bf16 else 4)
+        is_plain = streams == unit and not history and model.residual.residual_connection == "plain"
+        repeats = 2 if is_plain else 3
+        return 2 * (2 * streams + 2 * unit + history), 2 * (repeats * streams + repeats * unit + 2 * history)
 
     def _elementwise_bytes(self, rank: PaperRank, stage: tuple[int, int]) -> float:
         """Rotary embedding, attention's reads and writes, activation of the MLP: bytes forward."""
@@ -143,12 +152,6 @@ class Roofline:
         """Read and write master weights and moments, read gradients, write weights."""
         memory = self.hardware.memory_tb_s * 1e12 * self.hardware.memory_efficiency
         return (2 * optimizer_bytes + optimizer_bytes / 3 + weights) / memory
-
-
-def _has_fused_boundaries(rank: PaperRank) -> bool:
-    """In bf16 and fp32, which all estimates are about."""
-    found = (m for m in rank.model.modules() if isinstance(m, LinearMix) and m.site.is_sublayer)
-    return any(module.site.config.fused_residual and module.fused() is not None for module in found)
 
 
 def passes_of(trace: StageTrace, schedule_has_weights: bool) -> dict[str, Pass]:

@@ -26,6 +26,8 @@ class Hardware:
     """Share of the peak that matrix products reach."""
     memory_efficiency: float = 0.85
     """Share of the bandwidth that element-wise work reaches."""
+    boundary_efficiency: float = 0.7
+    """Share of the bandwidth that fused boundaries of a residual path reach, by all that they move."""
     network_efficiency: float = 0.8
     """Share of a link's bandwidth that collectives reach."""
     reserved_gb: float = 4.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_hc.config import TrainConfig
+from megatron_hc.estimate.boundaries import fused_boundaries
 from megatron_hc.kernels.norm import WIDEST_IN_TRITON
 from megatron_hc.mesh import Mesh, mesh_of
 from megatron_hc.model.attention import CoreAttention, heads_apart
@@ -50,6 +52,11 @@ class PaperRank:
         """Where a zero-bubble schedule's weight gradients wait."""
         if config.parallel.pipeline_layout(config.model.num_layers).schedule in ZERO_BUBBLE_SCHEDULES:
             self.waiting.serve(self.model.modules())
+
+    @cached_property
+    def fused_boundaries(self) -> dict[int, list[tuple[int, int]]]:
+        """As ``boundaries.fused_boundaries`` has them."""
+        return fused_boundaries(self.model, compute_dtype(self.config).itemsize)
 
     def _mesh(self, world_size: int) -> Mesh:
         if world_size == 1:
