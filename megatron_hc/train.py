@@ -17,7 +17,7 @@ from megatron_hc import checkpoint
 from megatron_hc.backends import Fp8State, attach_backends, check_backends, checkpoint_of
 from megatron_hc.checkpoint_access import check_not_locked, choose, locked
 from megatron_hc.cli import Parsed, describe, dump
-from megatron_hc.config import TrainConfig
+from megatron_hc.config import ParallelConfig, TrainConfig
 from megatron_hc.cpu_memory import keep_freed_memory
 from megatron_hc.data import (
     Batch,
@@ -217,7 +217,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     for line in attached.said:
         logger.say(line)
     if config.training.compile:
-        compile_layers(model, mesh)
+        compile_layers(model, config.parallel, mesh)
     run = Run(
         config=config,
         arguments=dump(config, parsed.origins),
@@ -255,8 +255,11 @@ def check_kernels(config: TrainConfig, mesh: Mesh) -> None:
     check_backends(config, device)
 
 
-def compile_layers(model: GPT, mesh: Mesh) -> None:
+def compile_layers(model: GPT, parallel: ParallelConfig, mesh: Mesh) -> None:
     """--compile: torch.compile of every layer; layers of one structure share their code.
+
+    With --recompute-modules residual a layer's reads and writes are recorded one by one, as they run: its two sublayers
+    are compiled, without them.
 
     Layers of a method that looks back over depth have each its own. torch would compile eight of them and run the
     others as they are, with a warning: its limit is raised by what these layers may need, with and without gradients.
@@ -267,7 +270,11 @@ def compile_layers(model: GPT, mesh: Mesh) -> None:
     limits.recompile_limit += 4 * len(model.stage_layers())
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
     for layer in model.stage_layers():
-        layer.compile()
+        if parallel.recomputes_residual:
+            layer.attend = torch.compile(layer.attend)  # type: ignore[method-assign]
+            layer.feed_forward = torch.compile(layer.feed_forward)  # type: ignore[method-assign]
+        else:
+            layer.compile()
 
 
 def build_optimizer(config: TrainConfig, model: GPT, placed: dict[str, Placement], mesh: Mesh) -> DataParallelOptimizer:

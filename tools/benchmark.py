@@ -97,8 +97,7 @@ def read_arguments() -> argparse.Namespace:
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
     arguments.rounds = arguments.rounds or (5 if arguments.device == "cuda" else 7)
-    possible = [name for name, chosen in CASES.items() if not (arguments.compile and chosen.parallel)]
-    arguments.methods = possible if arguments.methods is None else arguments.methods.split(",")
+    arguments.methods = list(CASES) if arguments.methods is None else arguments.methods.split(",")
     arguments.parts = arguments.parts.split(",")
     for name, values, known in (
         ("--methods", arguments.methods, CASES),
@@ -107,9 +106,6 @@ def read_arguments() -> argparse.Namespace:
         unknown = [value for value in values if value not in known]
         if unknown:
             parser.error(f"{name}: {', '.join(unknown)} must be among {', '.join(known)}")
-    excluded = [name for name in arguments.methods if name not in possible]
-    if excluded:
-        parser.error(f"--compile and recompute of the residual exclude each other: leave {', '.join(excluded)} out")
     if arguments.cpu_time and arguments.device == "cuda":
         parser.error("--cpu-time needs --device cpu: the process waits while a GPU works")
     if arguments.hidden % arguments.heads:

@@ -93,7 +93,7 @@ def model_of(chosen: Case, shape: argparse.Namespace, dtype: torch.dtype) -> GPT
     cast_parameters(built, compute_dtype(config))
     if shape.compile:
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # else layers beyond the limit are not compiled
-        compile_layers(built, mesh)
+        compile_layers(built, config.parallel, mesh)
     return built
 
 

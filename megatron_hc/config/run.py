@@ -87,11 +87,6 @@ class TrainConfig:
             self.model.fused_residual or backend == "auto",
             f"--fused-residual-backend {backend} and --no-fused-residual exclude each other",
         )
-        require(
-            not (self.training.compile and self.parallel.recomputes_residual),
-            "--compile and --recompute-modules residual exclude each other: it records reads and writes inside of a "
-            "layer, which is one piece to the compiler",
-        )
 
     def _validate_backends(self) -> None:
         options = self.backends

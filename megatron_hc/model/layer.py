@@ -9,7 +9,7 @@ from megatron_hc.model.attention import Attention, Context
 from megatron_hc.model.branch import scaled, with_linearity_penalty
 from megatron_hc.model.moe import build_mlp
 from megatron_hc.model.placement import norm_of, placement_of, read_norm, stream_scale
-from megatron_hc.residual import Carry, Norm, Site, build_residual
+from megatron_hc.residual import Carry, Norm, Reads, Site, build_residual
 
 
 class TransformerLayer(nn.Module):
@@ -36,13 +36,24 @@ class TransformerLayer(nn.Module):
         weights = context.linearity_weights
         before = None if weights is None else self.attention_residual.state(carry)
         x, carry = self.attention_residual.read(carry, self.attention_read_norm)
-        y, value = self.attention(x, context, first_values=carry.values)
-        carry = self.attention_residual.write(carry, self.scaled(y, context, 0), value)
+        y, value = self.attend(x, context, carry.values)
+        carry = self.attention_residual.write(carry, y, value)
         x, carry = self.mlp_residual.read(carry, self.mlp_read_norm)
-        carry = self.mlp_residual.write(carry, self.scaled(self.mlp(x), context, 1))
+        carry = self.mlp_residual.write(carry, self.feed_forward(x, context))
         if before is None or weights is None:
             return carry
         return with_linearity_penalty(carry, self.mlp_residual, before, weights)
+
+    def attend(
+        self, x: Tensor | Reads, context: Context, first_values: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the first sublayer puts out, and its values if a later layer takes them."""
+        y, value = self.attention(x, context, first_values=first_values)
+        return self.scaled(y, context, 0), value
+
+    def feed_forward(self, x: Tensor | Reads, context: Context) -> Tensor:
+        """What the second sublayer puts out."""
+        return self.scaled(self.mlp(x), context, 1)
 
     def scaled(self, output: Tensor, context: Context, sublayer: int) -> Tensor:
         factors = context.branch_factors

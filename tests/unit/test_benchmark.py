@@ -145,7 +145,6 @@ def test_kept_memory_holds_what_recompute_keeps() -> None:
     [
         ("--methods mhc", "--methods: mhc must be among plain"),
         ("--heads 3", "--heads .3. must divide --hidden .16."),
-        ("--compile --methods hyper-dynamic-n4-recompute", "--compile and recompute of the residual exclude"),
         ("--device cuda --cpu-time", "--cpu-time needs --device cpu"),
     ],
 )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import build, gradients, random_tokens, randomise, small_config
+from helpers import build, full_recompute, gradients, random_tokens, randomise, selective_recompute, small_config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from megatron_hc.config import MoEConfig
+from megatron_hc.config import MoEConfig, ParallelConfig
 from megatron_hc.kernels.compiled import gated, own, turned
 from megatron_hc.kernels.swiglu import swiglu
 from megatron_hc.mesh import Mesh
@@ -19,6 +20,11 @@ from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.rope import RopeTable, apply_rope
 from megatron_hc.train import compile_layers
 
+READS_RECOMPUTED = {
+    "residual": selective_recompute("residual"),
+    "residual mlp": selective_recompute("residual", "mlp"),
+    "full": dataclasses.replace(full_recompute(), recompute_modules=("residual",)),
+}
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.02}
 
 
@@ -53,9 +59,33 @@ def test_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TransformerLayer, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
     model = build(small_config({"residual_connection": "denseformer"}, num_layers=10), "fp32")
     with torch._dynamo.config.patch(recompile_limit=8):
-        compile_layers(model, Mesh())
+        compile_layers(model, ParallelConfig(), Mesh())
         model(random_tokens())
     assert counter.frame_count == 10
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("parts", ["residual", "residual mlp", "full"])
+@pytest.mark.parametrize("method", ["plain", "hyper", "attention"])
+def test_sublayers_compile_where_reads_are_recomputed(
+    monkeypatch: pytest.MonkeyPatch, method: str, parts: str, precision: str
+) -> None:
+    """Both of every layer; in fp32 hyper-connections' streams are folded again outside of what is compiled."""
+    torch._dynamo.reset()
+    counter, parallel = CompileCounter(), READS_RECOMPUTED[parts]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    config, tokens = small_config({"residual_connection": method}, num_layers=3), random_tokens()
+    compiled, eager = (randomise(build(config, precision, parallel=parallel), scale=0.1) for _ in range(2))
+    compile_layers(compiled, parallel, Mesh())
+    torch._dynamo.utils.counters.clear()
+    (loss, found), (expected_loss, expected) = (gradients(model, tokens) for model in (compiled, eager))
+    # Layers share their code, but where each has a recomputed part of its own.
+    assert counter.frame_count == (4 if "mlp" in parts else 2)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    bound = {"fp64": 1e-10, "fp32": 1e-3}[precision]
+    assert abs(loss / expected_loss - 1) < min(bound, 1e-5)
+    errors = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()}
+    assert max(errors.values()) < bound, errors
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

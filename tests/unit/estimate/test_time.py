@@ -1,4 +1,4 @@
-"""The roofline against steps that were measured (docs/benchmarks.md, One H200), and the traffic it counts for a boundary.
+"""The roofline against steps that were measured (docs/benchmarks.md, One H200), and the traffic of a boundary.
 
 Dims: C hidden size.
 """
