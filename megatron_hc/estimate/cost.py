@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_hc.config import TrainConfig
+from megatron_hc.estimate.boundaries import Moved
 from megatron_hc.estimate.hardware import Hardware
 from megatron_hc.estimate.paper import PaperRank
 from megatron_hc.estimate.trace import Pass, StageTrace
@@ -51,8 +52,7 @@ class Roofline:
         share = {"forward": 0, "backward": 1, "backward_input": 1, "backward_weight": None}[kind]
         residual = elementwise = 0.0
         if share is not None:
-            moved = self._residual_seconds(rank, stage)
-            residual = moved[share] + share * self._residual_repeats(rank) * moved[0]
+            residual = self._residual_seconds(rank, stage, share == 1)
             elementwise = self._elementwise_bytes(rank, stage) * (1 + share) / memory
             if share == 1 and self.config.parallel.recompute_granularity == "full":
                 elementwise += self._elementwise_bytes(rank, stage) / memory
@@ -64,37 +64,32 @@ class Roofline:
             expert=self.sent_seconds(part.sent, ("experts", "etp", "stage"), rank),
         )
 
-    def _residual_repeats(self, rank: PaperRank) -> float:
-        """How often the reads of a forward pass are done again: as parts of a layer, and to replay streams.
-
-        A replay of fused boundaries beside no layer folds streams alone, reads C numbers each and writes n C: half.
-        """
-        parallel = self.config.parallel
-        if parallel.recompute_granularity == "full":
-            return 1 + parallel.recomputes_residual
-        return parallel.recomputes_residual * (0.5 if rank.fused_boundaries else 1)
-
     def _tokens(self) -> float:
         """Of a micro-batch, those on one rank outside of the tensor-parallel regions."""
         config = self.config
         shard = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
         return config.training.micro_batch_size * config.model.seq_length / shard
 
-    def _residual_seconds(self, rank: PaperRank, stage: tuple[int, int]) -> tuple[float, float]:
-        """What the residual path of a stage's layers takes, forward and backward."""
-        memory = self.hardware.memory_tb_s * 1e12
-        forward = backward = 0.0
+    def _residual_seconds(self, rank: PaperRank, stage: tuple[int, int], is_backward: bool) -> float:
+        """What the residual path of a stage's layers takes, in a backward pass with what that does again."""
+        seconds = 0.0
         for layer in range(*stage):
-            there, back, share = *self._least_bytes(layer), self.hardware.memory_efficiency
-            if layer in rank.fused_boundaries:
-                there, back = map(sum, zip(*rank.fused_boundaries[layer], strict=True))
-                share = self.hardware.boundary_efficiency
-            forward += there / (memory * share)
-            backward += back / (memory * share)
-        return forward * self._tokens(), backward * self._tokens()
+            moved, share = rank.fused_boundaries.get(layer), self.hardware.boundary_efficiency
+            if moved is None:
+                moved, share = self._least_moved(layer), self.hardware.memory_efficiency
+            count = moved.backward + self._again(moved) if is_backward else moved.forward
+            seconds += self._tokens() * count / (self.hardware.memory_tb_s * 1e12 * share)
+        return seconds
 
-    def _least_bytes(self, layer: int) -> tuple[float, float]:
-        """Bytes per token that a layer's residual path has to read and write at least, forward and backward."""
+    def _again(self, moved: Moved) -> float:
+        """Recomputed layers read once more; what is kept of few streams is replayed, beside such layers by reads."""
+        parallel = self.config.parallel
+        if parallel.recompute_granularity == "full":
+            return (1 + parallel.recomputes_residual) * moved.forward
+        return moved.replay if parallel.recomputes_residual else 0.0
+
+    def _least_moved(self, layer: int) -> Moved:
+        """What a layer's residual path has to read and write at least."""
         model = self.config.model
         streams = history = 0.0
         for crossing in boundary_of(self.config, layer):
@@ -104,7 +99,8 @@ class Roofline:
         unit = model.hidden_size * (2 if self.config.training.bf16 else 4)
         is_plain = streams == unit and not history and model.residual.residual_connection == "plain"
         repeats = 2 if is_plain else 3
-        return 2 * (2 * streams + 2 * unit + history), 2 * (repeats * streams + repeats * unit + 2 * history)
+        forward = 2 * (2 * streams + 2 * unit + history)
+        return Moved(forward, 2 * (repeats * streams + repeats * unit + 2 * history), replay=forward)
 
     def _elementwise_bytes(self, rank: PaperRank, stage: tuple[int, int]) -> float:
         """Rotary embedding, attention's reads and writes, activation of the MLP: bytes forward."""

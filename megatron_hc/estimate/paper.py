@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hc.config import TrainConfig
-from megatron_hc.estimate.boundaries import fused_boundaries
+from megatron_hc.estimate.boundaries import Moved, fused_boundaries
 from megatron_hc.kernels.norm import WIDEST_IN_TRITON
 from megatron_hc.mesh import Mesh, mesh_of
 from megatron_hc.model.attention import CoreAttention, heads_apart
@@ -54,7 +54,7 @@ class PaperRank:
             self.waiting.serve(self.model.modules())
 
     @cached_property
-    def fused_boundaries(self) -> dict[int, list[tuple[int, int]]]:
+    def fused_boundaries(self) -> dict[int, Moved]:
         """As ``boundaries.fused_boundaries`` has them."""
         return fused_boundaries(self.model, compute_dtype(self.config).itemsize)
 
