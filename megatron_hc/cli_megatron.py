@@ -110,9 +110,7 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     "use_ring_exchange_p2p": NotNeeded(_SCHEDULE),
     "no_pipeline_parallel": NotNeeded("without --pipeline-model-parallel-size there is none"),
     "no_overlap_p2p_communication": NotNeeded(_SCHEDULE),
-    "context_parallel_size": NotNeeded(
-        "there is no context parallelism; --sequence-parallel shards sequences in tensor-parallel groups", 1, ("1",)
-    ),
+    "cp_comm_type": NotNeeded("context-parallel ranks exchange heads for tokens", 1, ("a2a",)),
     "lazy_mpu_init": NotNeeded("there is no global state to set up", 1),
     "use_cpu_initialization": NotNeeded("weights are the same wherever they are drawn"),
     "no_initialization": NotNeeded("weights are always drawn"),

@@ -87,9 +87,10 @@ def whole_losses(
                 for b in batches
             ]
             losses = pipeline.measure(micro_batches, _loss_per_sample, (B,))
+            losses = all_reduce(losses, mesh.group("cp"))  # a rank has the losses of its tokens
             counts = torch.stack([batch.loss_mask.sum(1) for batch in batches])
             sums = sums + Sums.of(losses.cpu(), counts.cpu())
-        found[name] = Sums(all_reduce(sums.values.to(mesh.device), mesh.group("dp_cp")).cpu())
+        found[name] = Sums(all_reduce(sums.values.to(mesh.device), mesh.group("dp")).cpu())
     return found
 
 

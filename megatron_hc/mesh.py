@@ -151,12 +151,16 @@ def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str, join: 
     is_real = join is None
     join = join or partial(_own_group, rank, _timeout(config, device))
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    sizes = {"pp": pp, "dp": config.parallel.data_parallel_size(world_size), "cp": 1, "tp": tp}
+    cp, dp = config.parallel.context_parallel_size, config.parallel.data_parallel_size(world_size)
+    sizes = {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
     ranks, rest = {}, rank
     for axis in reversed(AXES):
         ranks[axis] = rest % sizes[axis]
         rest //= sizes[axis]
-    members = {axis: _along(axis, sizes) for axis in ("tp", "dp", "pp")} | {"world": [list(range(world_size))]}
+    members = {axis: _along(axis, sizes) for axis in ("tp", "cp", "dp", "pp")} | {"world": [list(range(world_size))]}
+    copies = _along("dp", {**sizes, "dp": dp * cp, "cp": 1})
+    if cp > 1:
+        members["dp_cp"] = copies
     layout = config.parallel.pipeline_layout(config.model.num_layers)
     if layout.is_tied_apart and not config.model.untie_embeddings_and_output_weights:
         ends = (layout.rank_of(0), layout.rank_of(layout.num_stages - 1))
@@ -168,8 +172,8 @@ def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str, join: 
     if has_experts or config.backends.shares_scales:
         members["stage"] = [list(range(first, first + stage)) for first in range(0, world_size, stage)]
     groups = {name: join(lists) for name, lists in members.items()}
-    groups["dp_cp"] = groups["dp"]
-    groups |= _shard_groups(join, members["dp"], config.parallel.num_distributed_optimizer_instances)
+    groups.setdefault("dp_cp", groups["dp"])
+    groups |= _shard_groups(join, copies, config.parallel.num_distributed_optimizer_instances)
     experts = ExpertRanks()
     if has_experts:
         experts = _expert_ranks(rank, config)

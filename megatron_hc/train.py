@@ -406,7 +406,7 @@ def weighted(batches: Sequence[Batch], config: TrainConfig, mesh: Mesh) -> list[
     """
     masks = [batch.loss_mask for batch in batches]
     if config.training.calculate_per_token_loss:
-        total = all_reduce(torch.stack([mask.sum() for mask in masks]).sum(), mesh.group("dp_cp")).clamp(min=1)
+        total = all_reduce(torch.stack([mask.sum() for mask in masks]).sum(), mesh.group("dp")).clamp(min=1)
         weights = [mask / total for mask in masks]
     else:
         share = len(batches) * mesh.size("dp")

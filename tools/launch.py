@@ -111,10 +111,12 @@ def layout_check(config: TrainConfig, nodes: int, per_node: int) -> list[str]:
     """What the run will be; lines that begin with "note:" work, and are rarely meant."""
     parallel, training, world = config.parallel, config.training, nodes * per_node
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    data = parallel.data_parallel_size(world)
+    data, context = parallel.data_parallel_size(world), parallel.context_parallel_size
     batch = training.global_batch_size or training.micro_batch_size * data
     lines = [
-        f"layout: {nodes} nodes x {per_node} processes = {world} = pipeline {pipeline} x data {data} x tensor {tensor}",
+        f"layout: {nodes} nodes x {per_node} processes = {world} = pipeline {pipeline} x data {data} x "
+        + (f"context {context} x " if context > 1 else "")
+        + f"tensor {tensor}",
         f"a step: {batch} samples of {config.model.seq_length} tokens = {batch // (training.micro_batch_size * data)} "
         f"micro-batches of {training.micro_batch_size} on each of {data} copies",
     ]
@@ -122,6 +124,8 @@ def layout_check(config: TrainConfig, nodes: int, per_node: int) -> list[str]:
         lines.append(parallel.pipeline_layout(config.model.num_layers).describe())
     if tensor > per_node or per_node % tensor:
         lines.append(f"note: tensor-parallel groups of {tensor} cross nodes of {per_node} processes: slow")
+    if context > 1 and (tensor * context > per_node or per_node % (tensor * context)):
+        lines.append(f"note: context-parallel groups of {context} cross nodes of {per_node} processes: slow")
     experts = parallel.expert_model_parallel_size
     if experts > 1:
         lines.append(f"experts: {config.model.moe.num_experts} over groups of {experts} processes")

@@ -133,7 +133,8 @@ class BackendConfig:
                 f"--fp8-recipe {self.fp8_recipe} needs matrices of multiples of {multiple}, and {what} on a process "
                 f"({size}) are not: change {flags}",
             )
-        shard = model.seq_length // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+        shard = model.seq_length // parallel.context_parallel_size
+        shard //= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         require(
             shard * training.micro_batch_size % multiple == 0,
             f"--fp8-recipe {self.fp8_recipe} needs micro-batches of a multiple of {multiple} tokens on a process, and "
@@ -156,6 +157,11 @@ class BackendConfig:
             parallel.pipeline_schedule not in ZERO_BUBBLE_SCHEDULES,
             f"{name} and --pipeline-schedule {parallel.pipeline_schedule} exclude each other: its modules compute "
             "weight gradients at once: use 1f1b or interleaved",
+        )
+        require(
+            parallel.context_parallel_size == 1,
+            f"{name} and --context-parallel-size ({parallel.context_parallel_size}) exclude each other: its attention "
+            "knows nothing of the exchange of heads for tokens",
         )
         require(
             not model.attention_softmax_in_fp32,

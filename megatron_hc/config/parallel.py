@@ -24,6 +24,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     """Processes that share every layer's matrices."""
+    context_parallel_size: int = 1
+    """Processes that share out every sequence, each with consecutive tokens; attention sees the whole sequence, on a
+    part of the heads (DeepSpeed-Ulysses, Megatron-LM's --cp-comm-type a2a)."""
     expert_model_parallel_size: int = 1
     """Processes that share out the experts, folded into those of a stage (data, context and tensor parallel)."""
     expert_tensor_parallel_size: int | None = None
@@ -94,8 +97,10 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that together hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Processes that together train on one sample: of a copy of the model, for each part of the sequence."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
     def pipeline_layout(self, num_layers: int) -> PipelineLayout:
         """The stages; ``ValueError`` where the layers cannot be shared out so."""
@@ -194,11 +199,18 @@ class ParallelConfig:
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in ``world_size`` processes; refuses a number that does not come out even."""
+        sizes = {
+            f"--{name}-parallel-size ({size})": size
+            for name, size in (
+                ("tensor-model", self.tensor_model_parallel_size),
+                ("pipeline-model", self.pipeline_model_parallel_size),
+                ("context", self.context_parallel_size),
+            )
+        }
+        given = [name for name, size in sizes.items() if size > 1]
         require(
             world_size % self.model_parallel_size == 0,
-            f"--tensor-model-parallel-size ({self.tensor_model_parallel_size})"
-            + (f" times --pipeline-model-parallel-size ({pp})" if (pp := self.pipeline_model_parallel_size) > 1 else "")
-            + f" must divide the number of processes ({world_size})",
+            f"{' times '.join(given)} must divide the number of processes ({world_size})",
         )
         stage = world_size // self.pipeline_model_parallel_size
         block = self.expert_model_parallel_size * self.expert_parts
@@ -208,10 +220,11 @@ class ParallelConfig:
             f"({self.expert_parts}) must divide the processes of a pipeline stage ({stage})",
         )
         size, instances = world_size // self.model_parallel_size, self.num_distributed_optimizer_instances
+        copies = size * self.context_parallel_size
+        name = "data-parallel size" + (" times --context-parallel-size" if self.context_parallel_size > 1 else "")
         require(
-            instances == 1 or size % instances == 0 and instances < size,
-            f"--num-distributed-optimizer-instances ({instances}) must divide the data-parallel size ({size}), "
-            "and be smaller",
+            instances == 1 or copies % instances == 0 and instances < copies,
+            f"--num-distributed-optimizer-instances ({instances}) must divide the {name} ({copies}), and be smaller",
         )
         return size
 
@@ -260,6 +273,28 @@ class ParallelConfig:
             f"{name} ({tp}) must divide --seq-length ({model.seq_length}) with --sequence-parallel",
         )
 
+    def _validate_context_parallel(self, model: ModelConfig) -> None:
+        cp, tp, name = self.context_parallel_size, self.tensor_model_parallel_size, "--context-parallel-size"
+        positive(self, "context_parallel_size")
+        if cp == 1:
+            return
+        of_one = " of a tensor-parallel process" if tp > 1 else ""
+        heads, groups = model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
+        require(
+            heads % cp == 0,
+            f"{name} ({cp}) must divide the attention heads{of_one} ({heads}), of which every process takes a part "
+            "for the whole sequence",
+        )
+        require(
+            groups % cp == 0 or cp % groups == 0,
+            f"{name} ({cp}) must divide the query groups{of_one} ({groups}) or be a multiple of them",
+        )
+        parts = cp * tp if self.sequence_parallel else cp
+        times = f" times --tensor-model-parallel-size ({tp}) with --sequence-parallel" if parts > cp else ""
+        require(
+            model.seq_length % parts == 0, f"{name} ({cp}){times} must divide --seq-length ({model.seq_length})"
+        )
+
     def _validate_data_parallel(self) -> None:
         strategy, name = self.data_parallel_sharding_strategy, "--data-parallel-sharding-strategy"
         positive(self, "num_distributed_optimizer_instances", "ddp_bucket_size")
@@ -280,6 +315,7 @@ class ParallelConfig:
 
     def validate(self, model: ModelConfig) -> None:
         self._validate_tensor_parallel(model)
+        self._validate_context_parallel(model)
         self._validate_experts(model)
         self._validate_pipeline(model)
         self._validate_data_parallel()

@@ -52,6 +52,11 @@ class ZeroConfig:
     def _validate_own_sharding(parallel: ParallelConfig) -> None:
         strategy, instances = parallel.data_parallel_sharding_strategy, parallel.num_distributed_optimizer_instances
         require(
+            parallel.context_parallel_size == 1,
+            f"--deepspeed and --context-parallel-size ({parallel.context_parallel_size}) exclude each other: DeepSpeed "
+            "sums gradients over data-parallel processes alone",
+        )
+        require(
             strategy == "optim",
             f"--deepspeed and --data-parallel-sharding-strategy {strategy} exclude each other: --zero-stage says what "
             "DeepSpeed shares out",

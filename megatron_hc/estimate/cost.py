@@ -29,7 +29,7 @@ class PassSeconds:
     residual: float = 0.0
     elementwise: float = 0.0
     tensor: float = 0.0
-    """Collectives of tensor (and sequence) parallelism."""
+    """Collectives of tensor (with sequence) and of context parallelism."""
     expert: float = 0.0
     """Collectives of expert parallelism."""
 
@@ -60,7 +60,7 @@ class Roofline:
             matmul=part.flops / compute,
             residual=residual,
             elementwise=elementwise,
-            tensor=self.sent_seconds(part.sent, ("tp", "kv", "embedding", "tp_cp"), rank),
+            tensor=self.sent_seconds(part.sent, ("tp", "cp", "kv", "embedding", "tp_cp"), rank),
             expert=self.sent_seconds(part.sent, ("experts", "etp", "stage"), rank),
         )
 
@@ -68,7 +68,12 @@ class Roofline:
         """Of a micro-batch, those on one rank outside of the tensor-parallel regions."""
         config = self.config
         shard = config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1
-        return config.training.micro_batch_size * config.model.seq_length / shard
+        return self._part() / shard
+
+    def _part(self) -> float:
+        """Of a micro-batch, those of one context-parallel rank."""
+        config = self.config
+        return config.training.micro_batch_size * config.model.seq_length / config.parallel.context_parallel_size
 
     def _residual_seconds(self, rank: PaperRank, stage: tuple[int, int], is_backward: bool) -> float:
         """What the residual path of a stage's layers takes, in a backward pass with what that does again."""
@@ -93,7 +98,7 @@ class Roofline:
         model = self.config.model
         streams = history = 0.0
         for crossing in boundary_of(self.config, layer):
-            width = crossing.num_bytes / (self.config.training.micro_batch_size * model.seq_length)
+            width = crossing.num_bytes / self._part()
             streams += width if crossing.spec.kind == "stream" else 0
             history += width if crossing.spec.kind == "history" else 0
         unit = model.hidden_size * (2 if self.config.training.bf16 else 4)
@@ -116,7 +121,7 @@ class Roofline:
                 mlp += 4 * model.hidden_size * model.moe.moe_router_topk / tp  # rows there and back
             total += attention + mlp
         dtype = 2 if self.config.training.bf16 else 4
-        return total * dtype * self.config.training.micro_batch_size * model.seq_length
+        return total * dtype * self._part()
 
     def sent_seconds(self, sent: Counter[tuple[str, str]], groups: tuple[str, ...], rank: PaperRank) -> float:
         """Of the collectives of some groups."""
@@ -130,7 +135,8 @@ class Roofline:
         spans = {
             "tp": tp,
             "kv": tp,
-            "tp_cp": tp,
+            "cp": tp * mesh.size("cp"),
+            "tp_cp": tp * mesh.size("cp"),
             "etp": mesh.experts.parts,
             "experts": block,
         }.get(group, self.world_size // mesh.size("pp"))

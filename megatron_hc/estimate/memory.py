@@ -94,7 +94,8 @@ def state_bytes(rank: PaperRank) -> StateBytes:
     """Bytes of weights, gradients and optimizer state of a rank."""
     parallel = rank.config.parallel
     found = StateBytes(Counter())
-    is_fsdp = parallel.data_parallel_sharding_strategy == "optim_grads_params" and group_size(rank.mesh.group("dp")) > 1
+    has_copies = group_size(rank.mesh.group("dp_cp")) > 1
+    is_fsdp = has_copies and parallel.data_parallel_sharding_strategy == "optim_grads_params"
     wide_layers: Counter[str] = Counter()
     for sizes in _sizes(rank):
         found.parameters[part_of(sizes.name)] += sizes.elements

@@ -70,7 +70,7 @@ class PaperRank:
 
         mesh = mesh_of(self.rank, world_size, self.config, "meta", join)
         for name, group in mesh.groups.items():
-            if group is not None and group.name.isdigit():  # joined under a number; 'dp_cp' is 'dp' once more
+            if group is not None and group.name.isdigit():  # joined under a number; 'dp_cp' may be 'dp' once more
                 group.name = name
         return mesh
 

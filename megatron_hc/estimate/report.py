@@ -12,7 +12,10 @@ from megatron_hc.config import TrainConfig, flag, leaf_fields
 from megatron_hc.estimate.estimate import Estimate
 from megatron_hc.estimate.search import Result
 
-AXIS_NAMES = {"tp": "tensor parallel", "pp": "pipeline parallel", "dp": "data parallel", "experts": "expert parallel"}
+AXIS_NAMES = {
+    **{"tp": "tensor parallel", "cp": "context parallel", "pp": "pipeline parallel", "dp": "data parallel"},
+    **{"dp_cp": "data and context parallel", "experts": "expert parallel"},
+}
 SECONDS_PER_DAY = 86_400
 
 

@@ -156,6 +156,6 @@ def _attention_flops(rank: PaperRank, stage: Stage) -> float:
     model = rank.config.model
     if model.attention_softmax_in_fp32:
         return 0.0  # explicit products are counted as such
-    heads = max(1, model.num_attention_heads // rank.mesh.size("tp"))
+    heads = max(1, model.num_attention_heads // (rank.mesh.size("tp") * rank.mesh.size("cp")))
     per_layer = 2.0 * model.seq_length**2 * heads * model.head_size * rank.config.training.micro_batch_size
     return per_layer * (stage.end - stage.first)

@@ -28,6 +28,7 @@ def check_can_write(config: TrainConfig, mesh: Mesh) -> None:
     layout = parallel.pipeline_layout(config.model.num_layers)
     strategy = parallel.data_parallel_sharding_strategy
     reasons = {
+        f"--context-parallel-size {mesh.size('cp')}": mesh.size("cp") > 1,
         "--sequence-parallel": mesh.sequence_parallel,
         f"--pipeline-schedule {layout.schedule}": layout.stages_per_rank > 1,
         f"--data-parallel-sharding-strategy {strategy}": strategy == "optim_grads_params",

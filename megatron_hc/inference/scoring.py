@@ -59,7 +59,8 @@ class Scorer:
     def __init__(self, model: GPT, config: TrainConfig, mesh: Mesh, batch_size: int | None = None) -> None:
         self.model, self.config, self.mesh, self.batch_size = model, config, mesh, batch_size
         # Lengths are rounded up: batches of one shape can fill a pipeline, and a sequence must be cut evenly.
-        self.multiple = math.lcm(32 if mesh.size("pp") > 1 else 8, mesh.size("tp") if mesh.sequence_parallel else 1)
+        parts = mesh.size("cp") * (mesh.size("tp") if mesh.sequence_parallel else 1)
+        self.multiple = math.lcm(32 if mesh.size("pp") > 1 else 8, parts)
 
     def __call__(self, items: Sequence[Item], progress: Callable[[int], object] | None = None) -> list[Score]:
         """``progress`` is called with the number of items done since the last call."""

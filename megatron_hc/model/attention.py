@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,14 @@ class Context(NamedTuple):
     """[2 L, B] see ``branch.branch_factors``; None: nothing is left out."""
     linearity_weights: Tensor | None = None
     """[S, B] weights of the tokens' terms of --linearity-regularization; None: there are none."""
+
+
+class Exchange(Protocol):
+    """Turns tokens of all heads into all tokens of some heads, and back: ``parallel/context.py``."""
+
+    def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def tokens(self, y: Tensor) -> Tensor: ...
 
 
 class CoreAttention(nn.Module):
@@ -149,6 +157,8 @@ class Attention(nn.Module):
         self.v_layernorm = norm_of_values if self.has_values else nn.Identity()
         self.value_residual = build_value_residual(config, layer)
         self.core = CoreAttention(config, placement.heads == "cosine")
+        self.exchange: Exchange | None = None
+        """With other ranks that have other tokens, under context parallelism."""
         self.head_scale = head_scale(config, placement)
         self.linear_proj: Linear = build_linear("proj", config, layer)
         self.output_norm = output_norm(config, placement.attention_output)
@@ -174,8 +184,11 @@ class Attention(nn.Module):
             assert context.span is not None
             k, v = context.cache.append(context.span, k, v)
         else:
-            q, k, v = self.core.arranged(q, k, v)
-        y = self.value_residual.correct(self.core(q, k, v, context.mask), own, first_values)
+            q, k, v = self.core.arranged(*(q, k, v) if self.exchange is None else self.exchange.heads(q, k, v))
+        y = self.core(q, k, v, context.mask)
+        if self.exchange is not None:
+            y = self.exchange.tokens(y)
+        y = self.value_residual.correct(y, own, first_values)
         y = self.output_norm(self.linear_proj(self.head_scale(y)))
         return self.dropout(y), self.value_residual.recorded(own)
 

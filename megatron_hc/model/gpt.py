@@ -193,7 +193,10 @@ class GPT(nn.Module):
         return list(self.layers.values())  # type: ignore[arg-type]
 
     def context(self, position_ids: Tensor, document_ids: Tensor | None, span: Span | None = None) -> Context:
-        """What the layers share: rotary tables from [B or 1, S] positions, and a mask where causal is not enough."""
+        """What the layers share: rotary tables from [B or 1, S] positions, and a mask where causal is not enough.
+
+        ``document_ids``: [B, S] of the whole sequence, also where this process has the positions of a part of it.
+        """
         # Of the weights: a stage without an embedding begins with a norm, whose parameters are wider.
         table = self.embedding if hasattr(self, "embedding") else self.stage_layers()[0].attention.linear_qkv
         is_rotary = self.config.position_embedding_type == "rope"
@@ -203,7 +206,7 @@ class GPT(nn.Module):
             return Context(rope=rope, mask=span.mask, span=span)
         mask = None
         if document_ids is not None:
-            S = position_ids.shape[1]
+            S = document_ids.shape[1]  # of the whole sequence, of which positions may be a part
             same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # [B, 1, S, S]
             mask = same & torch.ones(S, S, dtype=torch.bool, device=same.device).tril()
         return Context(rope=rope, mask=mask)

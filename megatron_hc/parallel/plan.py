@@ -20,6 +20,7 @@ from megatron_hc.mesh import Mesh
 from megatron_hc.model.attention import Attention
 from megatron_hc.model.gpt import GPT, padded_vocab_size
 from megatron_hc.model.linear import NormLayer, Parts
+from megatron_hc.parallel.context import HeadExchange
 from megatron_hc.parallel.expert import spread_experts
 from megatron_hc.parallel.placement import Box, Placement, even, expert_rows, grouped_queries, held_twice, whole
 from megatron_hc.parallel.recompute import Checkpoint, set_up_recompute
@@ -143,6 +144,10 @@ def _placement(
 
 def parallelize(model: GPT, mesh: Mesh, table: Sequence[Entry] = PLAN) -> None:
     """Turn modules into their parallel versions, once ``materialize`` has cut their parameters."""
+    if mesh.size("cp") > 1:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.exchange = HeadExchange(mesh.group("cp"))
     if mesh.size("tp") == 1:
         return
     region = Region(mesh.group("tp"), mesh.sequence_parallel)

@@ -19,6 +19,7 @@ from megatron_hc.kernels.norm import promote
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
 from megatron_hc.model.linear import Linear
+from megatron_hc.parallel.context import SequencePart
 from megatron_hc.pipeline_layout import PipelineLayout
 from megatron_hc.residual import Carry, Residual, Site, TensorSpec, build_residual, carry_boundary, flatten, unflatten
 from megatron_hc.residual.base import stream_dtype_of
@@ -59,11 +60,12 @@ def boundary_of(
 ) -> Boundary:
     """What crosses into ``layer`` (number of layers: into the final read), in the order of ``flatten``.
 
-    ``tokens``: S and B of the pass, by default those of training.
+    ``tokens``: S and B of the pass over all ranks, by default those of training.
     """
     training, model = config.training, config.model
     dtype = torch.bfloat16 if training.bf16 else torch.float64 if training.fp64 else torch.float32
     S, B = tokens or (model.seq_length, training.micro_batch_size)
+    S //= config.parallel.context_parallel_size
     shard = S // tensor_parallel_size if config.parallel.sequence_parallel else S
     found: list[Crossing] = []
     num_values = 0
@@ -95,6 +97,7 @@ class Stage:
         self.entrance = self.entrance_of(config, layout, index, tp)
         self.exit = () if self.is_last else self.entrance_of(config, layout, index + 1, tp)
         self.method = method_of(config.model)
+        self.part = SequencePart(mesh.rank("cp"), mesh.size("cp"))
         self.measure: Measure = weighted_loss
         """What the last stage computes."""
 
@@ -107,10 +110,10 @@ class Stage:
         """``inputs`` as ``entrance`` says -> tensors as ``exit`` says; the last stage: the micro-batch's loss alone."""
         return self.model.through(self._forward, batch, inputs)
 
-    def _forward(self, batch: MicroBatch, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        model, positions = self.model, batch.position_ids
-        if positions is None:
-            positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).unsqueeze(0)
+    def _forward(self, whole: MicroBatch, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        model, batch = self.model, self._own(whole)
+        positions = batch.position_ids
+        assert positions is not None
         if self.is_first:
             carry = model.open(batch.tokens, positions)
         else:
@@ -124,6 +127,14 @@ class Stage:
         if self.is_last:
             return (self.measure(model, model.close(carry), batch),)
         return leave(self.method, carry, self.exit)
+
+    def _own(self, batch: MicroBatch) -> MicroBatch:
+        """This rank's part of the sequences, with their positions; documents stay whole, for attention is over all."""
+        positions = batch.position_ids
+        if positions is None:
+            positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).unsqueeze(0)
+        tokens, labels, weights, positions = map(self.part.of, (batch.tokens, batch.labels, batch.weights, positions))
+        return batch._replace(tokens=tokens, labels=labels, weights=weights, position_ids=positions)
 
     def _linearity_weights(self, batch: MicroBatch) -> Tensor | None:
         """[S, B] of this rank's part of the sequence, in training."""

@@ -23,6 +23,7 @@ from megatron_hc.model.placement import NORM_PLACEMENTS
 from megatron_hc.residual import RESIDUALS, VALUE_RESIDUALS
 
 TP2, TP4, SP = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4", "--sequence-parallel"
+CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 AXES: dict[str, tuple[int, str]] = {
     "tp2": (2, TP2),
     "tp4": (4, TP4),
@@ -32,6 +33,9 @@ AXES: dict[str, tuple[int, str]] = {
     "dp4": (4, ""),
     "tp2-dp2": (4, TP2),
     "tp2-sp-dp2": (4, f"{TP2} {SP}"),
+    "cp2": (2, CP2),
+    "cp2-dp2": (4, CP2),
+    "cp2-tp2-sp": (4, f"{CP2} {TP2} {SP}"),
 }
 """name -> (ranks, flags)"""
 
@@ -43,7 +47,7 @@ STRATEGIES = {
     "optim_grads_params": f"{SHARDING} optim_grads_params",
     "hybrid": f"{SHARDING} optim --num-distributed-optimizer-instances 2",
 }
-"""'one' where there is one data-parallel rank."""
+"""'one' where no two ranks have the same weights."""
 OVERLAP = ("no", "yes")
 
 VALUES = {name: f"--value-residual {name}" for name in VALUE_RESIDUALS} | {"single": "--single-layer-value"}
@@ -107,18 +111,19 @@ FACTORS: dict[str, Sequence[str]] = {
 }
 
 
-def has_data_parallel(axes: str) -> bool:
-    return "dp" in axes
+def has_copies(axes: str) -> bool:
+    """Ranks with the same weights, which share them out and sum their gradients."""
+    return "dp" in axes or "cp" in axes
 
 
 def allows(row: Row) -> bool:
     """What the configuration refuses, as far as these factors meet it."""
     axes, strategy = row.get("axes"), row.get("strategy")
-    if axes and strategy and has_data_parallel(axes) == (strategy == "one"):
+    if axes and strategy and has_copies(axes) == (strategy == "one"):
         return False
-    if strategy == "hybrid" and axes and axes != "dp4":
+    if strategy == "hybrid" and axes and axes not in ("dp4", "cp2-dp2"):
         return False
-    if row.get("overlap") == "yes" and (strategy == "one" or (axes and not has_data_parallel(axes))):
+    if row.get("overlap") == "yes" and (strategy == "one" or (axes and not has_copies(axes))):
         return False
     method, norm = row.get("method"), row.get("norm")
     if method and norm:
@@ -194,7 +199,7 @@ def product(**chosen: Iterable[str]) -> list[Row]:
     for values in itertools.product(*chosen.values()):
         row = {name: values_of[0] for name, values_of in FACTORS.items()} | dict(zip(chosen, values, strict=True))
         if "strategy" not in chosen:
-            row["strategy"] = "optim" if has_data_parallel(row["axes"]) else "one"
+            row["strategy"] = "optim" if has_copies(row["axes"]) else "one"
         if allows(row):
             rows.append(row)
     return rows

@@ -42,6 +42,7 @@ LAYOUTS = {
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "dp2-no_shard": (2, "--data-parallel-sharding-strategy no_shard"),
     "tp2-dp2": (4, "--tensor-model-parallel-size 2 --overlap-param-gather --async-save"),
+    "cp2-dp2": (4, "--context-parallel-size 2"),
     "dp4-hybrid": (4, "--num-distributed-optimizer-instances 2 --async-save"),
 }
 HYPER = "--residual-connection hyper --group-query-attention --num-query-groups 2 --swiglu --hidden-dropout 0"

@@ -24,7 +24,8 @@ from megatron_hc.parallel.collectives import CountedGroup
 TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
 LLAMA = "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2"
-COUNTED = ("tp", "kv", "dp", "dp_cp_shard", "dp_cp_replica", "experts", "etp", "edp", "tp_cp", "stage")
+COUNTED = ("tp", "cp", "kv", "dp", "dp_cp", "dp_cp_shard", "dp_cp_replica", "experts", "etp", "edp", "tp_cp", "stage")
+CP2 = "--context-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 MANY = "--global-batch-size 16"
 
@@ -35,6 +36,11 @@ CELLS = {
         f"{TP2} --data-parallel-sharding-strategy no_shard",
         world_size=4,
     ),
+    "cp2-tp2-sp": Cell(
+        f"--residual-connection hyper {LLAMA}", f"--context-parallel-size 2 {TP2} {SP}", world_size=4, precision="bf16"
+    ),
+    "cp2-dp2": Cell("--residual-connection mhc --group-query-attention --num-query-groups 1", CP2, world_size=4),
+    "cp2-no-shard": Cell("", f"{CP2} --data-parallel-sharding-strategy no_shard", world_size=4),
     "hybrid": Cell("", "--num-distributed-optimizer-instances 2", world_size=4, precision="bf16"),
     "ep2-allgather": Cell(
         f"{EXPERTS} --residual-connection frac", "--moe-token-dispatcher-type allgather", world_size=4
@@ -121,7 +127,9 @@ def _counted(mesh: Mesh, sent: Counter[tuple[str, str]]) -> Mesh:
         group = mesh.group(name)
         if group is not None:
             groups[name] = CountedGroup(name, dist.get_world_size(group), dist.get_rank(group), sent, group)
-    return dataclasses.replace(mesh, groups=groups | {"dp_cp": groups["dp"]})
+    if mesh.size("cp") == 1:
+        groups["dp_cp"] = groups["dp"]  # one group with two names, counted once
+    return dataclasses.replace(mesh, groups=groups)
 
 
 def _run_and_count(run: train.Run, batches: Any) -> int:

@@ -25,6 +25,8 @@ from megatron_hc.mesh import Mesh, mesh_of
 LAYOUTS = {
     "tp2": ("--tensor-model-parallel-size 2", 2),
     "tp2-sp": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+    "cp2": ("--context-parallel-size 2", 2),
+    "cp2-pp2": ("--context-parallel-size 2 --pipeline-model-parallel-size 2", 4),
     "pp2": ("--pipeline-model-parallel-size 2", 2),
     "dp2": ("", 2),
     "tp2-dp2": ("--tensor-model-parallel-size 2", 4),

@@ -21,6 +21,7 @@ from megatron_hc.parallel.expert import DISPATCHERS
 
 EP, TP2 = "--expert-model-parallel-size", "--tensor-model-parallel-size 2 --sequence-parallel"
 ETP = "--expert-tensor-parallel-size"
+CP2 = "--context-parallel-size 2"
 STRATEGY = "--data-parallel-sharding-strategy"
 AXES: dict[str, tuple[int, str]] = {
     "ep2": (2, f"{EP} 2"),
@@ -38,6 +39,10 @@ AXES: dict[str, tuple[int, str]] = {
     "ep2-edp2-hybrid": (4, f"{EP} 2 --num-distributed-optimizer-instances 2"),
     "ep2-edp2-fully": (4, f"{EP} 2 {STRATEGY} optim_grads_params"),
     "ep2-pp2": (4, f"{EP} 2 --pipeline-model-parallel-size 2"),
+    "cp2": (2, CP2),
+    "ep2-cp2": (2, f"{EP} 2 {CP2}"),
+    "ep2-cp2-dp2": (4, f"{EP} 2 {CP2}"),
+    "ep4-cp2-tp2-etp1": (4, f"{EP} 4 {CP2} {TP2} {ETP} 1"),
 }
 CAPACITY = "--moe-expert-capacity-factor 0.8"
 DROPS = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from cells import RECOMPUTE, SP, TP2
+from cells import CP2, RECOMPUTE, SP, TP2
 from parity import Cell, run_cell
 from pool import Pool
 
 PP2 = "--pipeline-model-parallel-size 2"
-LAYOUTS = {"tp2": TP2, "tp2-sp": f"{TP2} {SP}", "pp2": PP2, "pp2-v": f"{PP2} --pipeline-schedule zbv"}
+LAYOUTS = {"tp2": TP2, "cp2": CP2, "tp2-sp": f"{TP2} {SP}", "pp2": PP2, "pp2-v": f"{PP2} --pipeline-schedule zbv"}
 STATS = "--log-residual-stats 2"
 
 
