@@ -60,6 +60,44 @@ LAYER = {
 HYPER = {"attention_residual": "self_attention_hyper_connection", "mlp_residual": "mlp_hyper_connection"}
 ALPHAS = ("alpha_pre", "alpha_post", "alpha_res")
 NOT_WEIGHTS = re.compile(r"_extra_state|^(optimizer|chained|rng_state|rerun|param_groups)|local_tokens_per_expert")
+REFUSED = {
+    "multi_latent_attention": "latent attention",
+    "mtp_num_layers": "multi-token prediction",
+    "heterogeneous_layers_config_path": "layers of different shapes",
+    "sandwich_norm": "norms of outputs",
+    "apply_layernorm_1p": "norm weights that are stored minus 1",
+    "layernorm_zero_centered_gamma": "norm weights that are stored minus 1",
+    "apply_residual_connection_post_layernorm": "residuals that start after the norm",
+    "experimental_attention_variant": "another attention",
+    "window_size": "sliding windows",
+    "rotary_interleaved": "rotary positions that turn neighbouring channels",
+    "rotary_seq_len_interpolation_factor": "interpolated positions",
+    "rotary_base_per_layer": "a rotary base per layer",
+    "no_rope_freq": "layers without rotary positions",
+    "qk_l2_norm": "norms of queries and keys without weights",
+    "softmax_type": "another softmax",
+    "softmax_scale": "another scale of attention",
+    "attention_output_gate": "gates of attention",
+    "head_wise_attn_gate": "gates of attention",
+    "quick_geglu": "another activation",
+    "glu_linear_offset": "another activation",
+    "activation_func_clamp_value": "another activation",
+    "moe_apply_probs_on_input": "weights at the experts' input",
+    "moe_mlp_glu_interleave_size": "gate and up rows in blocks",
+    "moe_shared_expert_glu_interleave_size": "gate and up rows in blocks",
+    "moe_n_hash_layers": "experts chosen by a table",
+    "use_mup": "multipliers of muP",
+    "scaling_recipe": "multipliers of muP",
+}
+"""Argument that changes the function, or how it is stored -> what it is."""
+NEUTRAL = {"softmax_type": "vanilla", "rotary_seq_len_interpolation_factor": 1, "scaling_recipe": "none"}
+"""Values of them that mean nothing; 0, False and None do so for all."""
+OTHER_NAMES = {"layernorm_epsilon": "norm_epsilon"}
+"""Since its arguments are made from its configuration, some have the names that they have there."""
+NOT_FUNCTION = (
+    "fused_residual", "attention_backend", "attention_dropout", "hidden_dropout", "attention_softmax_in_fp32",
+)  # fmt: skip
+"""Arguments of both that are about kernels and training; its --attention-backend is no text, but an enum of its own."""
 
 
 class Place(NamedTuple):
@@ -144,24 +182,14 @@ def training_config(
 
 def model_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the model under the names that both have, and those that differ."""
-    refused = {
-        "multi_latent_attention": "latent attention",
-        "mtp_num_layers": "multi-token prediction",
-        "heterogeneous_layers_config_path": "layers of different shapes",
-        "sandwich_norm": "norms of outputs",
-        "apply_layernorm_1p": "norm weights that are stored minus 1",
-        "experimental_attention_variant": "another attention",
-        "window_size": "sliding windows",
-    }
-    for name, what in refused.items():
-        if args.get(name):
+    args = {**args, **{ours: args[theirs] for theirs, ours in OTHER_NAMES.items() if args.get(theirs) is not None}}
+    for name, what in REFUSED.items():
+        if args.get(name) and args[name] != NEUTRAL.get(name):
             raise ValueError(
                 f"the checkpoint has --{name.replace('_', '-')} {args[name]}: {what} cannot be converted yet"
             )
     known = {name for name, option in options().items() if option.path[0] == "model"}
-    found = {name: args[name] for name in known & args.keys() if args[name] is not None}
-    for name in ("fused_residual", "attention_dropout", "hidden_dropout", "attention_softmax_in_fp32"):
-        found.pop(name, None)
+    found = {name: args[name] for name in known & args.keys() - {*NOT_FUNCTION} if args[name] is not None}
     has_bias = bool(args.get("add_bias_linear", True))
     found["disable_bias_linear"] = not has_bias
     # The fused GELU with a bias is the tanh formula.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -159,6 +161,34 @@ def test_bits_and_logits(name: str, tmp_path: Path) -> None:
         assert ours[:rows].equal(theirs[:rows]), key
 
 
+OTHER_FUNCTIONS: dict[str, Any] = {
+    "apply_layernorm_1p": True, "layernorm_zero_centered_gamma": True, "rotary_interleaved": True, "no_rope_freq": 4,
+    "rotary_seq_len_interpolation_factor": 2, "softmax_type": "off-by-one", "softmax_scale": 0.5, "qk_l2_norm": True,
+    "glu_linear_offset": 1.0, "quick_geglu": True, "apply_residual_connection_post_layernorm": True,
+    "moe_apply_probs_on_input": True, "moe_mlp_glu_interleave_size": 32, "scaling_recipe": "mup", "use_mup": True,
+}  # fmt: skip
+"""Arguments that leave the names and shapes of all tensors as they are."""
+
+
+def test_arguments_of_newer_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of its configuration, defaults that mean nothing, and an enum of a package that is not here."""
+    model = write_checkpoint(tmp_path / "ours", small_config())
+    place = write_theirs(tmp_path / "theirs", model, padding=0)
+    arguments = vars(arguments_of(model.config, 0)) | {"layernorm_zero_centered_gamma": False, "qk_l2_norm": False}
+    arguments |= {"softmax_type": "vanilla", "scaling_recipe": "none", "glu_linear_offset": 0.0, "no_rope_freq": None}
+    arguments |= {"rotary_seq_len_interpolation_factor": 1, "layernorm_epsilon": 1e-3}
+    del arguments["norm_epsilon"]
+    there = ModuleType("not_here")
+    there.AttnBackend = enum.Enum("AttnBackend", {"auto": 5}, module="not_here")  # type: ignore[attr-defined]
+    arguments["attention_backend"] = there.AttnBackend.auto
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "not_here", there)
+        torch.save({"args": argparse.Namespace(**arguments)}, place / "common.pt")
+    assert tool("--load", tmp_path / "theirs", "--save", tmp_path / "new", "--allow-pickle") == 0
+    found = load_model(str(tmp_path / "new")).config.model
+    assert (found.norm_epsilon, found.attention_backend) == (1e-3, "auto")
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_checkpoint(tmp_path / "ours", small_config(MHC))
     place = write_theirs(tmp_path / "theirs", model, padding=0)
@@ -178,6 +208,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"num_layers": 2}, "has shape"),
         ({"multi_latent_attention": True}, "latent attention cannot be converted yet"),
         ({"num_attention_heads": 5}, "cannot be a model here"),
+        *(({name: value}, f"--{name.replace('_', '-')} {value}: ") for name, value in OTHER_FUNCTIONS.items()),
     ):
         torch.save({"args": argparse.Namespace(**{**vars(arguments), **changes})}, place / "common.pt")
         if "num_layers" not in changes:
