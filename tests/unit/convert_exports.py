@@ -25,6 +25,10 @@ def check(folder: Path) -> dict[str, Any]:
         mask = torch.tensor([[0] * 3 + [1] * 5])
         shifted = model(padded, attention_mask=mask).logits[:, 3:]
         alone = model(tokens[:1, :5]).logits
+        # What Trainer adds up over micro-batches: each is given the number of labels of all.
+        whole = model(tokens, labels=tokens).loss
+        count = tokens[:, 1:].numel()
+        parts = [model(row, labels=row, num_items_in_batch=count).loss for row in tokens.split(1)]
         options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones(2, 5)}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         cached = model.generate(tokens[:, :5], **options)
@@ -32,6 +36,7 @@ def check(folder: Path) -> dict[str, Any]:
     steps = zip(cached.logits, uncached.logits, strict=True)
     return {
         "error": float((logits - expected["logits"]).abs().max()),
+        "loss": float((sum(parts) - whole).abs()),
         "padding": float((shifted - alone).abs().max()),
         "cache": max(float((a - b).abs().max()) for a, b in steps),
         "same_text": bool(cached.sequences.equal(uncached.sequences)),

@@ -106,7 +106,7 @@ def checked(chosen: list[Case], folder: Path, dtype: str = "fp64", scale: float 
 def assert_same(results: dict[str, dict[str, Any]], tolerance: float = 1e-9) -> None:
     failed = {name: found["failed"] for name, found in results.items() if "failed" in found}
     assert not failed
-    for key in ("error", "padding", "cache"):
+    for key in ("error", "loss", "padding", "cache"):
         wrong = {name: found[key] for name, found in results.items() if not found[key] < tolerance}
         assert not wrong, key
     assert all(found["same_text"] for found in results.values())

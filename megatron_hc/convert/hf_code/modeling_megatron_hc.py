@@ -1115,6 +1115,7 @@ class MegatronHCForCausalLM(MegatronHCPreTrainedModel, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         cache=None,  # what newer versions call past_key_values
+        num_items_in_batch=None,  # Trainer: labels of all micro-batches of a step, whose losses it adds up
         **kwargs,
     ):
         past_key_values = cache if past_key_values is None else past_key_values
@@ -1128,5 +1129,8 @@ class MegatronHCForCausalLM(MegatronHCPreTrainedModel, GenerationMixin):
         logits = F.linear(hidden.to(weight.dtype), weight).to(wide(weight.dtype))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+            how = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=how)
+            if num_items_in_batch is not None:
+                loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past_key_values})
