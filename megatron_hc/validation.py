@@ -15,6 +15,7 @@ from megatron_hc.config import TrainConfig
 from megatron_hc.data import Batch, build_datasets, tokenizer_of
 from megatron_hc.data.loader import collate
 from megatron_hc.inference import empty_model, single_process
+from megatron_hc.inference.loading import ANY_KERNELS
 from megatron_hc.mesh import Mesh
 from megatron_hc.parallel.pipeline import MicroBatch, Pipeline
 
@@ -83,7 +84,7 @@ class Validation:
 
 
 def _of_one_process(folder: Path, data_path: Sequence[str]) -> TrainConfig:
-    config = single_process(from_flat(checkpoint.read_arguments(folder)))
+    config = single_process(from_flat(checkpoint.read_arguments(folder) | ANY_KERNELS))
     changes: dict[str, object] = {"num_workers": 0}
     if data_path:
         paths = ("data_path", "train_data_path", "valid_data_path", "test_data_path")

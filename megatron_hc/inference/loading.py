@@ -30,6 +30,8 @@ from megatron_hc.stored import Stored
 
 PRECISIONS = {"float32": (False, False), "bfloat16": (True, False), "float64": (False, True)}
 """Name -> --bf16, --fp64."""
+ANY_KERNELS = {"attention_backend": "auto", "fused_residual_backend": "auto"}
+"""The training run's kernels may not be there where the model works: they are no part of it."""
 
 
 class Loaded(NamedTuple):
@@ -70,7 +72,7 @@ def load_model(
     a layout that cannot work.
     """
     folder = checkpoint.find(root, step)
-    config = single_process(from_flat(checkpoint.read_arguments(folder) | dict(changes or {})))
+    config = single_process(from_flat(checkpoint.read_arguments(folder) | ANY_KERNELS | dict(changes or {})))
     if dtype is not None:
         if dtype not in PRECISIONS:
             raise ValueError(f"dtype ({dtype}) must be one of {', '.join(PRECISIONS)}")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_models import saved, tensors_of
+from convert_models import saved, tensors_of, write_checkpoint
+from helpers import small_config
 from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "tools"), str(Path(__file__).parents[1] / "train")]
@@ -18,6 +19,7 @@ import generate  # noqa: E402
 from train_runs import command, losses, tiny  # noqa: E402
 
 from megatron_hc.convert.logits import check_logits  # noqa: E402
+from megatron_hc.validation import _of_one_process  # noqa: E402
 
 pytest.importorskip("transformers")
 TO_OURS, TO_HF = ["--from", "hf", "--to", "megatron-hc"], ["--from", "megatron-hc", "--to", "hf"]
@@ -110,6 +112,16 @@ def test_a_run_of_ours_as_a_family(family: str, tmp_path: Path, text: str) -> No
         expected = float(theirs(words, labels=words).loss)
         logits = ours.output.logits(ours(words[:, :-1]))[:, 0]
     assert abs(float(torch.nn.functional.cross_entropy(logits, words[0, 1:])) - expected) < 1e-5
+
+
+def test_kernels_of_another_machine(tmp_path: Path) -> None:
+    """A run on GPUs names kernels that a CPU does not have; its model works here all the same."""
+    config = small_config({"residual_connection": "hyper"})
+    kernels = {"attention_backend": "fused", "fused_residual_backend": "triton"}
+    write_checkpoint(tmp_path / "ours", config, **kernels)
+    assert tool(*TO_HF, "--load", tmp_path / "ours", "--save", tmp_path / "hf", "--check-logits") == 0
+    found = _of_one_process(tmp_path / "ours" / "iter_0000000", ())
+    assert (found.model.attention_backend, found.model.fused_residual_backend) == ("auto", "auto")
 
 
 def test_check_logits_sees_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
