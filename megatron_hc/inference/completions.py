@@ -5,7 +5,6 @@ A field that OpenAI knows and this endpoint does not is refused unless it asks f
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -210,7 +209,8 @@ def _number(
     value = body.get(name)
     if value is None:
         return default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN, infinities and integers that no float can hold are outside of any bounds.
     if not is_number or not low <= value <= high or (excludes_low and value == low):
         raise BadRequest(f"{name} must be a number in {'(' if excludes_low else '['}{low:g}, {high:g}]", param=name)
     return float(value)

@@ -200,13 +200,17 @@ class Answer:
         def name(token: int) -> str:
             return self.tokenizer.detokenize([token])
 
+        def named(top: dict[int, float]) -> dict[str, float]:
+            """Of tokens with one name (parts of characters, ...) the likeliest."""
+            return {name(token): value for token, value in sorted(top.items(), key=lambda entry: entry[1])}
+
         shift = len(self.completion.echoed[index])
         # A token that ends a text (end-of-document) has no place in it.
         found = update.logprobs[: len(update.tokens)]
         return {
             "tokens": [name(token) for token in update.tokens],
             "token_logprobs": [entry.logprob for entry in found],
-            "top_logprobs": [{name(token): value for token, value in entry.top.items()} for entry in found],
+            "top_logprobs": [named(entry.top) for entry in found],
             "text_offset": [shift + at for at in update.text_at],
         }
 

@@ -136,6 +136,9 @@ def test_fields(server: Server) -> None:
     logprobs = choice(logprobs=3)["logprobs"]
     assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) > 0
     assert all(value <= 0 for value in logprobs["token_logprobs"])
+    # The text is greedy: what was written is the likeliest. Half of all bytes are no character, and have one name.
+    for name, value, top in zip(*(logprobs[key] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True):
+        assert top[name] == value == max(top.values())
     assert choice(temperature=0.9, top_k=5, top_p=0.8, seed=3)["text"] == server.expected(
         "You", 12, Sampling(temperature=0.9, top_k=5, top_p=0.8, seed=3)
     )
@@ -195,7 +198,7 @@ WRONG: list[Any] = [
     {"prompt": "a", "stream": "yes"}, {"prompt": "a", "logprobs": 999}, {"prompt": "a", "logprobs": 1, "echo": True},
     {"prompt": "a", "suffix": "x"}, {"prompt": "a", "best_of": 2}, {"prompt": "a", "logit_bias": {"1": 5}},
     {"prompt": "a", "presence_penalty": 0.5}, {"prompt": "a", "stream_options": 3}, {"prompt": "a", "nonsense": 1},
-    {"prompt": "a", "model": 5}, {"prompt": "x" * 9000},
+    {"prompt": "a", "model": 5}, {"prompt": "x" * 9000}, {"prompt": "a", "temperature": 10**400},
 ]  # fmt: skip
 
 
