@@ -67,7 +67,9 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
 
-    logits = logits.double() / column([sampling.temperature for sampling in samplings])
+    # From the largest down: at any temperature above 0 its quotient is then 0, and not infinite.
+    logits = logits.double() - logits.double().amax(-1, keepdim=True)
+    logits = logits / column([sampling.temperature for sampling in samplings])
     candidates = None
     if cuts:
         limits = [sampling.top_k or logits.shape[1] for sampling in samplings]

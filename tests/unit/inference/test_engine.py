@@ -147,6 +147,15 @@ def test_draws_follow_the_distribution() -> None:
         assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / number).sqrt()).all(), (sampling, share)
 
 
+def test_a_temperature_next_to_0_takes_the_likeliest_token() -> None:
+    """Even one at which every quotient would be infinite."""
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) + 3
+    for cut in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        for temperature in (1e-9, 1e-310):
+            sampling = Sampling(temperature=temperature, **cut)
+            assert choose(logits, [sampling], [0]).equal(logits.argmax(-1)), sampling
+
+
 def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     samplings = [
