@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hc.checkpoint_folder import check_save_folder, find, latest_iteration, problem, read_manifest
@@ -125,7 +125,7 @@ def load_tensor_shapes(path: str | Path) -> dict[str, tuple[tuple[int, ...], tor
 class Reader:
     """A checkpoint of any layout, from which whole tensors are read one at a time; its files stay open in the context.
 
-    Raises ``ValueError`` for a folder that is no whole checkpoint.
+    Raises ``ValueError`` for a folder that is no whole checkpoint, and for a file that turns out damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -150,11 +150,14 @@ class Reader:
 
     def read(self, name: str) -> Tensor:
         entry, (shape, dtype) = self._index[name], self.shapes[name]
-        for file, _, _ in entry["chunks"]:
-            if file not in self._opened:
-                self._opened[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
         whole = torch.empty(shape, dtype=dtype)
-        _fill(name, (0,) * len(shape), whole, entry, self._opened)
+        try:
+            for file, _, _ in entry["chunks"]:
+                if file not in self._opened:
+                    self._opened[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+            _fill(name, (0,) * len(shape), whole, entry, self._opened)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder} is damaged, {name} cannot be read ({error}): choose another") from error
         return whole
 
 

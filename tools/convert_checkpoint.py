@@ -40,12 +40,28 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that are about other directions."""
+    idle = {
+        "--ckpt-step": arguments.ckpt_step is not None and arguments.source == "hf",
+        "--family": arguments.family is not None and arguments.target != "hf",
+        "--seq-length": arguments.seq_length is not None and arguments.target == "hf",
+        "--vocab-size": arguments.vocab_size is not None and arguments.source != "megatron",
+    }
+    given = [name for name, is_idle in idle.items() if is_idle]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} would do nothing from {arguments.source} to {arguments.target}: leave it out"
+        )
+
+
 def convert(arguments: argparse.Namespace) -> None:
     import torch
 
     from megatron_hc.convert import hf, logits, megatron
     from megatron_hc.convert.checkpoints import Folder
 
+    check_flags(arguments)
     if arguments.check_logits and arguments.source == "megatron":
         raise ValueError("--check-logits needs both models: Megatron-LM's cannot be run here")
     if arguments.max_shard_size <= 0:

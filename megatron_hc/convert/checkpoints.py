@@ -26,6 +26,8 @@ class Folder:
 
     def __init__(self, root: str, step: int | None = None) -> None:
         path = Path(root)
+        if (path / MANIFEST).exists() and step is not None and path.name != folder_name(step):
+            raise ValueError(f"--ckpt-step {step} does not go with --load {root}, which is one checkpoint")
         self.path = path if (path / MANIFEST).exists() else checkpoint.find(root, step)
         self._reader = checkpoint.Reader(self.path)
         self.specs = {name: Spec(*found) for name, found in self._reader.shapes.items()}
@@ -54,7 +56,13 @@ def save_weights(
     arguments: Mapping[str, Any],
     file_bytes: int = FILE_BYTES,
 ) -> Path:
-    """Write a checkpoint of tensors that ``read`` makes in their turn; where that fails, nothing is left of it."""
+    """Write a checkpoint of tensors that ``read`` makes in their turn; where that fails, nothing is left of it.
+
+    Refuses a folder of checkpoints: one of the same iteration (perhaps the source) would be replaced, and the new one
+    would be the latest, from which a run there goes on.
+    """
+    if Path(save).is_dir() and (latest := checkpoint.latest_iteration(save)) is not None:
+        raise ValueError(f"--save {save} holds checkpoints already, the latest of iteration {latest}: choose another")
     try:
         return checkpoint.save_one_by_one(
             *(save, iteration, specs, read, state, arguments), file_bytes=min(FILE_BYTES, file_bytes)
@@ -81,6 +89,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         os.replace(partial, path)
+    except OSError as error:  # a disk that is full, a file that is gone
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"--save {path} could not be written ({error}): free space or choose another") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

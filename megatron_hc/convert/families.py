@@ -278,6 +278,7 @@ def reasons_against(family: str, model: ModelConfig) -> list[str]:
         "--num-experts": (moe.num_experts is not None, family in MOE),
         f"--value-residual {model.value_residual}": (model.value_residual != "none", False),
         "--single-layer-value": (model.single_layer_value, False),
+        f"--residual-scale {model.residual.residual_scale}": (model.branch_scale != 1.0, False),
         f"--residual-connection {model.residual.residual_connection}": (
             model.residual.residual_connection != "plain",
             False,

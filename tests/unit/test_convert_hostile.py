@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import struct
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import convert_checkpoint  # noqa: E402
+import retrofit_residual  # noqa: E402
 
 from megatron_hc.convert.families import family_of  # noqa: E402
 from megatron_hc.convert.names import NAMES  # noqa: E402
+from megatron_hc.convert.shards import FileWriter  # noqa: E402
 
 pytest.importorskip("transformers")
 TO_OURS, TO_HF = ["--from", "hf", "--to", "megatron-hc"], ["--from", "megatron-hc", "--to", "hf"]
@@ -169,6 +172,11 @@ def test_wrong_flags(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "is not offered" in error("--from", "hf", "--to", "hf", *ours)
     assert "is not a folder" in error(*TO_OURS, "--load", tmp_path / "nothing")
     assert "must be at least --seq-length" in error(*TO_OURS, "--load", good / "hf", "--seq-length", 1000)
+    assert "--vocab-size would do nothing from hf" in error(*TO_OURS, "--load", good / "hf", "--vocab-size", 100)
+    assert "--family would do nothing" in error(*TO_OURS, "--load", good / "hf", "--family", "llama")
+    assert "--seq-length would do nothing" in error(*TO_HF, *ours, "--seq-length", 8)
+    one = ["--load", next((good / "ours").glob("iter_*"))]
+    assert "--ckpt-step 4 does not go with --load" in error(*TO_HF, *one, "--ckpt-step", 4)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert tool(*TO_HF, *ours, "--save", tmp_path / "full") == 2
@@ -191,6 +199,44 @@ def test_a_checkpoint_of_ours_that_lies(
     write_checkpoint(tmp_path / "ours", small_config(), **{name: value})
     assert tool(*TO_HF, "--load", tmp_path / "ours", "--save", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+def test_checkpoints_that_are_there_stay(good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A conversion is of iteration 0, or of the source's: it would take the place of one, and be the latest."""
+    write_checkpoint(tmp_path / "ours", small_config())
+    before = {path: path.read_bytes() for path in (tmp_path / "ours").rglob("*") if path.is_file()}
+    argv = ["--load", str(tmp_path / "ours"), "--save", str(tmp_path / "ours"), "--residual-connection", "hyper"]
+    assert tool(*TO_OURS, "--load", good / "hf", "--save", tmp_path / "ours") == 2
+    with pytest.raises(SystemExit):
+        retrofit_residual.main(argv)
+    assert capsys.readouterr().err.count("ours holds checkpoints already, the latest of iteration 0") == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "ours").rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_file_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files are as long as they should be, which is all that is looked at before they are read."""
+    write_checkpoint(tmp_path / "ours", small_config())
+    (file,) = (tmp_path / "ours").glob("iter_*/*.safetensors")
+    content = file.read_bytes()
+    for damaged in (struct.pack("<Q", 1 << 40) + content[8:], content[:20] + b"x" * 40 + content[60:]):
+        file.write_bytes(damaged)
+        assert tool(*TO_HF, "--load", tmp_path / "ours", "--save", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert "is damaged, model.embedding.weight cannot be read" in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+def test_a_full_disk(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileWriter, "write", write)
+    assert tool(*TO_HF, "--load", good / "ours", "--save", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "could not be written ([Errno 28] No space left on device): free space" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
 
 
@@ -218,6 +264,7 @@ def test_families_of_models() -> None:
     assert family_of(small_config(value_residual="half")) is None
     assert family_of(small_config(squared_relu=True, swiglu=False)) is None
     assert family_of(small_config(rotary_percent=0.5)) is None
+    assert family_of(small_config({"residual_scale": "completep", "base_num_layers": 1})) is None
     assert family_of(small_config(**GPT2)) == "gpt2"
     assert family_of(small_config(**GPT2, disable_bias_layernorm=True)) is None
     assert set(NAMES) >= {"llama", "qwen2", "qwen3", "olmo2", "gpt2", "mixtral", "olmoe", "qwen3_moe"}
