@@ -29,6 +29,7 @@ def check(folder: Path) -> dict[str, Any]:
         whole = model(tokens, labels=tokens).loss
         count = tokens[:, 1:].numel()
         parts = [model(row, labels=row, num_items_in_batch=count).loss for row in tokens.split(1)]
+        fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
         options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones(2, 5)}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         cached = model.generate(tokens[:, :5], **options)
@@ -39,6 +40,7 @@ def check(folder: Path) -> dict[str, Any]:
         "loss": float((sum(parts) - whole).abs()),
         "padding": float((shifted - alone).abs().max()),
         "cache": max(float((a - b).abs().max()) for a, b in steps),
+        "unset": bool(fresh(tokens).logits.isnan().all()),
         "same_text": bool(cached.sequences.equal(uncached.sequences)),
         "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "dtypes": sorted({str(p.dtype) for p in model.parameters()}),

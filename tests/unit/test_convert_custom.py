@@ -109,7 +109,7 @@ def assert_same(results: dict[str, dict[str, Any]], tolerance: float = 1e-9) -> 
     for key in ("error", "loss", "padding", "cache"):
         wrong = {name: found[key] for name, found in results.items() if not found[key] < tolerance}
         assert not wrong, key
-    assert all(found["same_text"] for found in results.values())
+    assert all(found["same_text"] and found["unset"] for found in results.values())
     assert all(found["tied"] == (name != "untied") for name, found in results.items())
 
 

@@ -1023,6 +1023,13 @@ class MegatronHCPreTrainedModel(PreTrainedModel):
         "head_scale", "mlp_stream_scale", "embedding_norm", "router",
     ]  # fmt: skip
 
+    def _init_weights(self, module):
+        """Methods have no initial values here: what no file brings is NaN, and shows, instead of what memory held."""
+        super()._init_weights(module)
+        if not isinstance(module, (nn.Embedding, nn.Linear, Norm, Scale)):
+            for own in module.parameters(recurse=False):
+                nn.init.constant_(own, math.nan)
+
 
 class MegatronHCModel(MegatronHCPreTrainedModel):
     """tokens -> embedding -> open -> layers -> final read -> norm -> hidden states [B, S, C]"""
