@@ -104,21 +104,25 @@ def estimate(config: TrainConfig, hardware: Hardware, world_size: int, vocab_siz
 
     ``vocab_size``: tokens, end-of-document included.
     """
-    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, device="cpu"))
     config.validate(world_size)
-    refuse_deepspeed(config)
+    refuse_unknown(config)
     layout = config.parallel.pipeline_layout(config.model.num_layers)
     ranks = [PaperRank(config, world_size, rank, vocab_size) for rank in stage_ranks(config, world_size)]
     traces: list[StageTrace] = [trace(ranks[layout.rank_of(stage)], stage) for stage in range(layout.num_stages)]
     return put_together(config, hardware, world_size, vocab_size, ranks, traces)
 
 
-def refuse_deepspeed(config: TrainConfig) -> None:
-    """What the estimator knows is our own sharding."""
+def refuse_unknown(config: TrainConfig) -> None:
+    """What the estimator knows is our own sharding, and matrix products in one precision."""
     if config.zero.deepspeed:
         raise ValueError(
             "--deepspeed is not estimated: leave it out; its ZeRO-1 needs about what the default needs, its ZeRO-3 "
             "what --data-parallel-sharding-strategy optim_grads_params needs"
+        )
+    if config.backends.fp8_format is not None:
+        raise ValueError(
+            f"--fp8-format {config.backends.fp8_format} is not estimated: leave it out; without it the figures are "
+            "those of bf16"
         )
 
 

@@ -96,6 +96,8 @@ def as_text(found: Estimate, budget: Budget | None = None) -> str:
     for name, seconds in found.seconds.items():
         if seconds > 0:
             lines.append(f"  {name:12s}{seconds:9.3f} s{seconds / found.step_seconds:8.1%}")
+    if found.config.parallel.optimizer_cpu_offload:
+        lines.append("  not counted: the update in CPU memory of --optimizer-cpu-offload, and the way there and back")
     lines.append(f"pipeline bubble: {found.simulation.bubble:.1%}")
     for axis, count in found.sent.items():
         lines.append(f"sent per GPU and step, {AXIS_NAMES.get(axis, axis)}: {count / 1e9:.2f} GB")
@@ -122,8 +124,10 @@ def search_text(results: Sequence[Result]) -> str:
 
 def launch_command(config: TrainConfig, world_size: int, gpus_per_node: int) -> str:
     """torchrun with every flag that is not at its default."""
-    nodes = max(1, world_size // gpus_per_node)
-    words = ["torchrun", "--nproc-per-node", str(min(world_size, gpus_per_node))]
+    # As many on each node as leave none over: 12 GPUs in nodes of 8 are two nodes with 6 processes each.
+    per_node = next(size for size in range(min(world_size, gpus_per_node), 0, -1) if world_size % size == 0)
+    nodes = world_size // per_node
+    words = ["torchrun", "--nproc-per-node", str(per_node)]
     if nodes > 1:
         words += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
     words.append("pretrain_gpt.py")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from megatron_hc.config import ParallelConfig, TrainConfig
-from megatron_hc.estimate.estimate import Estimate, estimate, put_together, refuse_deepspeed
+from megatron_hc.estimate.estimate import Estimate, estimate, put_together, refuse_unknown
 from megatron_hc.estimate.hardware import Hardware
 from megatron_hc.estimate.paper import PaperRank, stage_ranks
 from megatron_hc.estimate.trace import Pass, StageTrace, trace
@@ -44,7 +44,7 @@ def search(config: TrainConfig, hardware: Hardware, world_size: int, vocab_size:
 
     Raises ``ValueError`` where no layout at all can work.
     """
-    refuse_deepspeed(config)
+    refuse_unknown(config)
     small = _SmallTraces(vocab_size)
     rough: list[tuple[Choice, TrainConfig, Estimate]] = []
     for choice in choices(config, hardware, world_size):

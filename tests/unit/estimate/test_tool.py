@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import runpy
 import sys
@@ -55,6 +54,10 @@ def test_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         (("--matmul-efficiency", "2"), "--matmul-efficiency is a share of at most 1"),
         (("--price-per-gpu-hour", "2"), "--price-per-gpu-hour needs --tokens"),
         (("--hiden-size", "2"), "--hidden-size"),
+        (
+            ("--fp8-format", "e4m3", "--transformer-impl", "transformer_engine"),
+            "--fp8-format e4m3 is not estimated: leave it out",
+        ),
         (("--num-gpus", "3", "--search", "--global-batch-size", "8"), "no layout of 3 GPUs can train this"),
     ],
 )
@@ -79,8 +82,32 @@ def test_search(monkeypatch: pytest.MonkeyPatch) -> None:
     best = results[0].estimate.config
     command = launch_command(best, 4, 8)
     again = parse(command.split("pretrain_gpt.py ")[1].split()).config
-    assert dataclasses.replace(again.parallel, device="cpu") == dataclasses.replace(best.parallel, device="cpu")
-    assert again.training == best.training and again.model == best.model
+    assert again == best and "--device" not in command
+
+
+@pytest.mark.parametrize(
+    ("world_size", "words"),
+    [
+        (4, "--nproc-per-node 4"),
+        (16, "--nproc-per-node 8 --nnodes 2"),
+        (12, "--nproc-per-node 6 --nnodes 2"),
+        (11, "--nproc-per-node 1 --nnodes 11"),
+    ],
+)
+def test_command_starts_all_processes(world_size: int, words: str) -> None:
+    assert launch_command(parse(MODEL.split()).config, world_size, 8).startswith(f"torchrun {words} ")
+
+
+def test_flags_of_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run on a CPU refuses is estimated, whatever this machine has."""
+    run_tool(monkeypatch, "--json", "-")
+    plain = json.loads(capsys.readouterr().out)["ranks"][0]
+    run_tool(monkeypatch, "--json", "-", "--optimizer-cpu-offload", "--device", "cuda")
+    offloaded = json.loads(capsys.readouterr().out)["ranks"][0]
+    assert offloaded["optimizer_bytes"] == 0 < plain["optimizer_bytes"]
+    assert offloaded["weight_bytes"] == plain["weight_bytes"]
+    run_tool(monkeypatch, "--transformer-impl", "transformer_engine", "--gradient-accumulation-fusion")
+    assert "MFU" in capsys.readouterr().out
 
 
 def test_search_against_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
