@@ -18,6 +18,7 @@ from megatron_hc.data.streams import (
     COMPRESSIONS,
     LONGEST_PIECE,
     Stream,
+    Unreadable,
     can_be_cut,
     count,
     cuts,
@@ -160,7 +161,8 @@ class JsonLines(_Text):
 
     def texts(self, record: Record) -> Texts:
         try:
-            value = json.loads(self._decode(record))
+            # No number is a text; Python would refuse to convert one of more than 4,300 digits to an integer.
+            value = json.loads(self._decode(record), parse_int=float)
         except (json.JSONDecodeError, RecursionError) as error:
             hint = " (one object per line is needed)" if record.content.lstrip()[:1] == b"[" else ""
             raise ValueError(f"{self.place(record)} is not JSON: {error}{hint}") from error
@@ -213,7 +215,22 @@ def open_reader(path: str, keys: Sequence[str], separator: str) -> Reader:
         raise ValueError(
             f"--json-keys {' '.join(keys)}: {path} is plain text and has one text per document, not several"
         )
-    return PlainText(path, separator, keys[0])
+    return PlainText(path, _spelled_in(path, separator), keys[0])
+
+
+def _spelled_in(path: str, separator: str) -> str:
+    """The separator as it stands in a file whose lines end with CR LF: between paragraphs '\\r\\n\\r\\n' for '\\n\\n'.
+
+    A lone line break needs no care: ``PlainText`` removes the CR.
+    """
+    other = separator.replace("\n", "\r\n")
+    if separator in ("\n", other) or "\r" in separator:
+        return separator
+    try:
+        start = next(Stream(path).blocks(), b"")
+    except Unreadable:
+        return separator  # the reading reports it
+    return other if other.encode() in start and separator.encode() not in start else separator
 
 
 def files_of(path: str, pattern: str | None) -> tuple[list[str], list[str]]:

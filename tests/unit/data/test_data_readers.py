@@ -70,6 +70,22 @@ def test_compressed_plain_text(preprocess, tmp_path, name) -> None:
     assert found(tmp_path) == ["a", "b"]
 
 
+@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz"])
+def test_paragraphs_of_a_file_with_carriage_returns(preprocess, tmp_path, name) -> None:
+    content = b"one\r\nmore\r\n\r\ntwo\r\n\r\nthree"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    for partitions in ("1", "2"):
+        flags = ["--document-separator", "\\n\\n", "--partitions", partitions]
+        assert run(preprocess, tmp_path, "--input", str(tmp_path / name), *flags) == 0
+        assert found(tmp_path) == ["one\r\nmore", "two", "three"]
+
+
+def test_a_separator_that_is_there_is_taken_as_it_is(preprocess, tmp_path) -> None:
+    (tmp_path / "c.txt").write_bytes(b"one\r\n\r\nmore\n\ntwo")
+    assert run(preprocess, tmp_path, "--input", str(tmp_path / "c.txt"), "--document-separator", "\\n\\n") == 0
+    assert found(tmp_path) == ["one\r\n\r\nmore", "two"]
+
+
 @pytest.mark.parametrize(
     "column",
     [
@@ -156,6 +172,17 @@ def test_bad_lines_are_skipped_and_counted(preprocess, tmp_path, capfd) -> None:
         assert [f"c.jsonl, line {number}" in err for number in range(1, 9)] == [False, *[True] * 3, *[False] * 3, True]
     record = json.loads((tmp_path / "out_text_document.json").read_text())
     assert (record["documents"], record["empty_documents"], record["skipped_documents"]) == (3, 1, 4)
+
+
+def test_numbers_beside_a_text_are_not_looked_at(preprocess, tmp_path, capfd) -> None:
+    """Python does not convert one of more than 4,300 digits to an integer."""
+    digits = b"9" * 5000
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b", "number": ' + digits + b"}\n")
+    assert run(preprocess, tmp_path, "--input", str(tmp_path / "c.jsonl")) == 0
+    assert found(tmp_path) == ["a", "b"]
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a"}\n{"text": ' + digits + b"}\n")
+    assert run(preprocess, tmp_path, "--input", str(tmp_path / "c.jsonl")) == 2
+    assert "c.jsonl, line 2 has no text under --json-keys text" in capfd.readouterr().err
 
 
 def test_nothing_but_bad_lines(preprocess, tmp_path, capfd) -> None:
