@@ -167,6 +167,15 @@ def _model(options: _Options) -> str:
     return options.tokenizer_model
 
 
+def _byte(options: _Options) -> Tokenizer:
+    if options.vocab_size is not None:
+        raise ValueError(
+            f"--vocab-size ({options.vocab_size}) does not go with --tokenizer-type ByteTokenizer, which has "
+            f"{ByteTokenizer.vocab_size} tokens: leave it out"
+        )
+    return ByteTokenizer()
+
+
 def _null(options: _Options) -> Tokenizer:
     if options.vocab_size is None or options.vocab_size < 1:
         raise ValueError(f"--tokenizer-type NullTokenizer needs a positive --vocab-size, not {options.vocab_size}")
@@ -201,7 +210,7 @@ TOKENIZERS: dict[str, Callable[[_Options], Tokenizer]] = {
         HuggingFaceTokenizer(_model(options), parse_special_tokens=options.parse_special_tokens), options
     ),
     "TikTokenizer": _tiktoken,
-    "ByteTokenizer": lambda options: ByteTokenizer(),
+    "ByteTokenizer": _byte,
     "NullTokenizer": _null,
 }
 
@@ -224,6 +233,11 @@ def build_tokenizer(
     if tiktoken_pattern is not None and (tokenizer_type != "TikTokenizer" or tiktoken_pattern not in PATTERNS):
         raise ValueError(
             f"--tiktoken-pattern ({tiktoken_pattern}) must be one of {', '.join(PATTERNS)}, and with a TikTokenizer"
+        )
+    if parse_special_tokens and tokenizer_type not in ("HuggingFaceTokenizer", "TikTokenizer"):
+        raise ValueError(
+            f"--parse-special-tokens goes with HuggingFaceTokenizer and TikTokenizer: a {tokenizer_type} has no "
+            "special tokens to find in a text"
         )
     options = _Options(
         tokenizer_type=tokenizer_type,

@@ -287,6 +287,11 @@ class TikTokenizer:
             ranks = {token: i + num_special_tokens for i, token in enumerate(tokens[: size - num_special_tokens])}
             self.eod, self.pad = special["</s>"], special["<pad>"]
         else:
+            if vocab_size is not None:
+                raise ValueError(
+                    f"--vocab-size ({vocab_size}) is for a TikTokenizer's .json: {model} has {len(tokens)} tokens and "
+                    "end-of-document, leave it out"
+                )
             ranks = {token: i for i, token in enumerate(tokens)}
             self.eod, self.pad = len(tokens), -1
             special = {"<|endoftext|>": self.eod}

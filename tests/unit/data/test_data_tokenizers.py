@@ -143,6 +143,12 @@ def test_special_tokens_are_text_unless_asked_for(gpt2_like: Path) -> None:
     assert parsing.tokenize(text).count(plain.eod) == 1 and parsing.fingerprint == plain.fingerprint
 
 
+@pytest.mark.parametrize("kind", ["ByteTokenizer", "NullTokenizer", "SentencePieceTokenizer"])
+def test_special_tokens_cannot_be_asked_for_where_there_are_none(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"--parse-special-tokens goes with .* a {kind} has no"):
+        build_tokenizer(kind, "unread", 100, parse_special_tokens=True)
+
+
 def test_end_of_document(tmp_path: Path) -> None:
     named = trained(tmp_path / "tokenizer.json", special=("<pad>", "<|im_end|>", "</s>"))
     assert HuggingFaceTokenizer(str(tmp_path)).eod == 2  # a usual name

@@ -96,6 +96,8 @@ def test_lone_surrogates_become_replacement_characters(sentencepiece: SentencePi
 def test_byte_and_null_tokenizer() -> None:
     byte = ByteTokenizer()
     assert (byte.vocab_size, byte.eod) == (257, 256) and byte.tokenize("aé") == [97, 195, 169]
+    with pytest.raises(ValueError, match=r"--vocab-size \(300\) does not go with --tokenizer-type ByteTokenizer"):
+        build_tokenizer("ByteTokenizer", None, 300)
     null = NullTokenizer(100)
     assert (null.vocab_size, null.eod) == (101, 100)
     assert null.tokenize(" 5 99  0") == [5, 99, 0] and null.detokenize([5, 99, 100]) == "5 99"
