@@ -60,6 +60,8 @@ class Sums:
         sum L / sum n, sqrt(k / (k - 1) sum (L - mean n)^2) / sum n with k samples.
         """
         number, losses, tokens, squares, products, counts = self.values.tolist()
+        if tokens == 0:  # --eod-mask-loss or padding can leave nothing: no reason to end a run
+            return Mean(math.nan, None, 0)
         loss = losses / tokens
         spread = max(squares - 2 * loss * products + loss**2 * counts, 0.0)
         error = None if number < 2 else math.sqrt(number / (number - 1) * spread) / tokens

@@ -15,7 +15,7 @@ from megatron_hc.config import TrainConfig, TrainingConfig
 from megatron_hc.data import IndexedDatasetWriter, NullTokenizer, build_whole_validation
 from megatron_hc.data.dataset import SampleFormat, WholeDataset
 from megatron_hc.data.indexed import IndexedDataset
-from megatron_hc.evaluation import Sums, flat_scores, whole_losses
+from megatron_hc.evaluation import Sums, flat_scores, lines_of, whole_losses
 from megatron_hc.mesh import Mesh
 from megatron_hc.parallel.pipeline import Pipeline
 
@@ -87,6 +87,12 @@ def test_the_standard_error_is_the_spread_of_repeated_draws() -> None:
 def test_one_sample_has_no_standard_error() -> None:
     mean = Sums.of(torch.tensor([6.0, 0.0]), torch.tensor([3.0, 0.0])).mean()
     assert mean.loss == 2 and mean.standard_error is None and mean.num_tokens == 3
+
+
+def test_data_without_a_loss_has_no_mean() -> None:
+    mean = Sums.of(torch.zeros(2), torch.zeros(2)).mean()
+    assert math.isnan(mean.loss) and mean.standard_error is None and mean.num_tokens == 0
+    assert lines_of({"masked": mean}) == ["  masked | loss nan | perplexity nan | tokens 0"]
 
 
 def test_sources(prefix: str, tmp_path: Path) -> None:
