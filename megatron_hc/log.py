@@ -91,6 +91,7 @@ class Logger:
         self._losses: list[Any] = []
         self._router_losses: dict[str, list[list[float | None]]] = {}
         self._num_timed = 0
+        self._timed_samples = 0
         self._seconds = 0.0
         self._since: float | None = None
         if layout.is_first:
@@ -197,6 +198,7 @@ class Logger:
         for name, values in (router_losses or {}).items():
             self._router_losses.setdefault(name, []).append(list(values))
         self._num_timed += 1
+        self._timed_samples += batch_size
         if self._bar is not None:
             self._bar.update()
         if not self.is_due(iteration):
@@ -222,13 +224,14 @@ class Logger:
             "ideal_bubble": least,
             "skipped_iterations": self._skipped,
             "nan_iterations": sum(not math.isfinite(value) for value in losses),
-            **self._speed(seconds, batch_size),
+            **self._speed(seconds, self._timed_samples / self._num_timed),  # a batch that grows is not the last one's
             "memory_bytes": peak_memory(self.layout.device),
             "eta_seconds": (self.total_iterations - iteration) * seconds,
             "world_size": self.layout.world_size,
             "time": time.time(),
         }
         self._losses, self._router_losses, self._num_timed, self._seconds = [], {}, 0, 0.0
+        self._timed_samples = 0
         self._skipped = 0
         self._show(console_line(record, self.total_iterations, self.config.logging), record)
         if self._bar is not None:
@@ -246,7 +249,7 @@ class Logger:
                 found |= {f"moe/{name}_layer_{layer}": mean for layer, mean in means.items()}
         return found
 
-    def _speed(self, seconds: float, batch_size: int) -> Record:
+    def _speed(self, seconds: float, batch_size: float) -> Record:
         per_device = self.flops_per_sample * batch_size / self.layout.world_size / 1e12
         tflops = per_device / seconds if seconds > 0 else None
         return {

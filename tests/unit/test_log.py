@@ -116,6 +116,17 @@ def test_lines_at_the_interval_and_at_the_end_only(capsys: pytest.CaptureFixture
     assert found == ["4", "8", "10"]
 
 
+def test_speed_of_a_batch_that_grows(tmp_path: Path) -> None:
+    logger, clock = make(f"--log-interval 4 --metrics-jsonl {tmp_path / 'm.jsonl'}")
+    with logger:
+        for iteration, batch_size in enumerate((2, 2, 2, 10), 1):
+            clock.now += 0.5
+            logger.step(iteration=iteration, consumed_samples=0, batch_size=batch_size, loss=1.0, learning_rate=1e-3)
+    record = json.loads((tmp_path / "m.jsonl").read_text())
+    assert record["tokens_per_second"] == 16 * 32 / 2.0 and record["global_batch_size"] == 10
+    assert record["tflops"] == pytest.approx(log.flops_per_token(config_of().model, 257) * 16 * 32 / 2.0 / 1e12)
+
+
 def test_validation_line(capsys: pytest.CaptureFixture[str]) -> None:
     logger, _ = make()
     with logger:
