@@ -88,6 +88,12 @@ class TrainingConfig:
             f"the data-parallel size ({data_parallel_size})",
         )
         self._validate_rampup(total, per_step)
+        first = self.rampup_batch_size[0] if self.rampup_batch_size else total
+        require(
+            self.train_samples is None or self.train_samples >= first,
+            f"--train-samples ({self.train_samples}) is less than the first global batch ({first}): nothing would be "
+            "trained",
+        )
 
     def _validate_rampup(self, total: int, per_step: int) -> None:
         if not self.rampup_batch_size:

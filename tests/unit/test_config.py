@@ -213,6 +213,12 @@ REFUSED = [
     ("--finetune", "", "--finetune needs --load"),
     ("--use-checkpoint-args", "", "--use-checkpoint-args needs --load"),
     ("--exit-on-missing-checkpoint", "", "--exit-on-missing-checkpoint needs --load"),
+    ("--train-samples 3 --global-batch-size 4", "--train-iters 10", "--train-samples (3) is less than the first"),
+    (
+        "--rampup-batch-size 8 4 7 --global-batch-size 12 --train-samples 7",
+        "--train-iters 10",
+        "--train-samples (7) is less than the first global batch (8)",
+    ),
     # logging
     ("--log-interval 0", "", "--log-interval must be positive, not 0"),
     ("--peak-tflops 0", "", "--peak-tflops must be positive, not 0.0"),
