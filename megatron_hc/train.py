@@ -203,6 +203,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     is_whole = config.evaluation.full_validation
     whole = build_whole_validation(config, tokenizer, num_mock_samples(config, batches)) if is_whole else {}
     datasets = build_datasets(config, tokenizer, num_samples(config, batches))  # writes index caches: comes last
+    check_enough_samples(config, batches, progress, datasets[0])
     logger.say(explain(place_of()))
     logger.say(describe(config, parsed.origins))
     profiler = Profiler(config.logging, mesh)
@@ -319,6 +320,22 @@ def num_samples(config: TrainConfig, batches: BatchSchedule) -> tuple[int, int, 
     if config.evaluation.full_validation:
         num_evals = 0
     return batches.total_samples, num_evals * per_eval, per_eval if training.eval_interval else 0
+
+
+def check_enough_samples(
+    config: TrainConfig, batches: BatchSchedule, progress: Progress, dataset: SampleDataset | None
+) -> None:
+    """Refuse to resume what would run out of data: at --train-iters there are samples for steps of today's size."""
+    remaining = batches.total_iterations - progress.iteration
+    needed = progress.consumed_samples + remaining * batches.largest
+    if config.training.train_iters is None or dataset is None or remaining <= 0 or needed <= len(dataset):
+        return
+    raise ValueError(
+        f"--train-iters ({config.training.train_iters}) of --global-batch-size ({batches.largest}) make "
+        f"{len(dataset)} samples, but the checkpoint has consumed {progress.consumed_samples} in {progress.iteration} "
+        f"iterations and {remaining} are left: give the checkpoint's --global-batch-size, or --train-samples {needed} "
+        "instead of --train-iters"
+    )
 
 
 def num_mock_samples(config: TrainConfig, batches: BatchSchedule) -> int:

@@ -130,6 +130,25 @@ def test_a_run_that_is_done_stays_as_it_is(licence: str, tmp_path: Path) -> None
     assert untimed(tmp_path) == before
 
 
+def test_a_smaller_batch_that_would_run_out_of_data_is_refused(
+    licence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its --train-iters steps have fewer samples than the checkpoint has used up and the rest needs."""
+
+    def flags(*length: object) -> list[str]:
+        argv = tiny(licence, tmp_path, "--save", tmp_path / "run", "--load", tmp_path / "run", "--eval-interval", 0)
+        place = argv.index("--data-path")  # --data-path, --data-cache-path and --split
+        return [*argv[:place], *argv[place + 6 :], "--mock-data", *map(str, length)]
+
+    assert command(flags("--train-iters", 3, "--global-batch-size", 8)) == 0
+    capsys.readouterr()
+    assert command(flags("--train-iters", 8)) == 2
+    assert "consumed 24 in 3 iterations and 5 are left: give the checkpoint's" in capsys.readouterr().err
+    assert len(losses(tmp_path)) == 3
+    assert command(flags("--train-samples", 44)) == 0
+    assert len(losses(tmp_path)) == 8
+
+
 def test_a_longer_run_goes_on_from_the_end_of_a_short_one(licence: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder, lengths in ((whole, [12]), (parts, [5, 8, 12])):
