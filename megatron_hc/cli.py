@@ -81,6 +81,9 @@ class _Found:
         self.tried.add(option.name)
         try:
             value = coerce(option, raw)
+            # A variable of a script that is not set: a folder "" would be the current one.
+            if origin != CHECKPOINT and "" in (value if option.many else (value,)):
+                raise ValueError("takes text, and this is empty: leave the flag out")
         except ValueError as error:
             where = f" ({origin})" if origin != COMMAND_LINE else ""
             self.errors.append(f"{spelled}{where}: {error}")

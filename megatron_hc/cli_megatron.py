@@ -54,6 +54,8 @@ REPLACED: dict[str, str] = {
     "deepspeed_activation_checkpointing": "use --recompute-granularity full --recompute-method uniform "
     "--recompute-num-layers 1",
     "decoder_seq_length": "there is no encoder: use --seq-length",
+    "use_checkpoint_opt_param_scheduler": "schedules always follow the command line: give the flags of learning rate "
+    "and weight decay that the checkpoint was trained with",
 }
 """Flag that is not offered -> what to do instead."""
 
@@ -131,7 +133,6 @@ NOT_NEEDED: dict[str, NotNeeded] = {
     # Optimizer
     "optimizer": NotNeeded("AdamW is the only optimizer", 1, ("adam",)),
     "override_opt_param_scheduler": NotNeeded("schedules always follow the command line"),
-    "use_checkpoint_opt_param_scheduler": NotNeeded("schedules always follow the command line"),
     "loss_scale": NotNeeded("a guard for fp16, which is not offered", 1),
     "initial_loss_scale": NotNeeded("a guard for fp16, which is not offered", 1),
     "min_loss_scale": NotNeeded("a guard for fp16, which is not offered", 1),

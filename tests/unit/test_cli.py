@@ -168,6 +168,14 @@ def test_aliases(tmp_path: Path) -> None:
     assert "takes no value" in error_of("--use-rotary-position-embeddings", "yes")
 
 
+def test_empty_text_is_refused(tmp_path: Path) -> None:
+    """A script's variable that is not set: a folder with no name would be the current one."""
+    file = write(tmp_path / "a.yaml", "load: ''\ntensorboard-dir: null\n")
+    lines = error_of("--save", "", "--data-path", "1", "", "--yaml-cfg", file).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [f"load (yaml {file})", "--save", "--data-path"]
+    assert all(line.endswith("takes text, and this is empty: leave the flag out") for line in lines[1:])
+
+
 def test_an_alias_may_set_several_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     several = {"enable_it": {"residual_connection": "hyper", "static_residual": "true"}, "n_streams": {}}
     several["n_streams"] = {"residual_connection": "hyper", "residual_streams": VALUE}
