@@ -233,6 +233,18 @@ def _spelled_in(path: str, separator: str) -> str:
     return other if other.encode() in start and separator.encode() not in start else separator
 
 
+def _below(path: str) -> Iterator[Path]:
+    """Everything below a folder, through links too; of a folder that is reached twice the first way counts."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()  # a link to a folder above would never end
+            continue
+        seen.add(real)
+        yield from (Path(folder) / name for name in names)
+
+
 def files_of(path: str, pattern: str | None) -> tuple[list[str], list[str]]:
     """The files to read below a folder in order of their names, and those left out.
 
@@ -241,7 +253,7 @@ def files_of(path: str, pattern: str | None) -> tuple[list[str], list[str]]:
     """
     taken: list[str] = []
     left_out: list[str] = []
-    for found in sorted(Path(path).rglob("*")):
+    for found in sorted(_below(path)):
         if any(part.startswith(".") for part in found.relative_to(path).parts) or not found.is_file():
             continue
         known = kind_of(str(found)) in (*JSON_SUFFIXES, *TEXT_SUFFIXES, ".parquet")

@@ -148,6 +148,17 @@ def test_folder(preprocess, tmp_path, capfd) -> None:
     assert "the folder has no file to read that matches --input-pattern *.py" in capfd.readouterr().err
 
 
+def test_links_to_folders_are_followed_once(preprocess, tmp_path) -> None:
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for place, text in ((folder, "first"), (elsewhere, "second")):
+        place.mkdir()
+        (place / "a.txt").write_text(f"{text}\n")
+    (folder / "z").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    assert run(preprocess, tmp_path, "--input", str(folder)) == 0
+    assert found(tmp_path) == ["first", "second"]
+
+
 # --- bad lines ----------------------------------------------------------------------------------------------------
 
 
