@@ -135,7 +135,8 @@ def build_datasets(
     format = _format(config, tokenizer)
     builder = _Builder(config, tokenizer, format)
     plans, separate = _plans(config), bool(data.train_data_path)
-    if num_samples[0] and plans[0] is None and not data.mock_data:
+    shares = _mock_shares(config)
+    if num_samples[0] and plans[0] is None and not shares[0]:
         raise ValueError("no training data: give --train-data-path, or a first share of --split above 0")
     # Every file is opened and checked before the first cache is written.
     for split, plan, count in zip(SPLITS, plans, num_samples, strict=True):
@@ -145,8 +146,8 @@ def build_datasets(
                 check_length(indexed, cut(bounds, len(indexed)), split, format)
 
     datasets: list[SampleDataset | None] = []
-    for split, plan, count in zip(SPLITS, plans, num_samples, strict=True):
-        if count and data.mock_data:
+    for split, plan, count, has_mock in zip(SPLITS, plans, num_samples, shares, strict=True):
+        if count and has_mock:
             datasets.append(MockDataset(count, config.training.seed, split, format))
         elif count and plan:
             datasets.append(builder.blend(*plan, count, split, plain_if_single=separate))
@@ -168,7 +169,7 @@ def build_whole_validation(config: TrainConfig, tokenizer: Tokenizer, mock_sampl
     Raises ``ValueError`` where there is no validation data.
     """
     format, plan = _format(config, tokenizer), _plans(config)[1]
-    if config.data.mock_data:
+    if _mock_shares(config)[1]:
         return {"mock": MockDataset(mock_samples, config.training.seed, "valid", format)}
     if plan is None:
         raise ValueError(
@@ -208,6 +209,13 @@ def _plans(config: TrainConfig) -> list[tuple[Blend, tuple[float, float]] | None
         return [(parse_blend(values, flag), (0.0, 1.0)) if values else None for flag, values in paths.items()]
     blend = _common_blend(config)
     return [(blend, bounds) if bounds else None for bounds in split_ranges(data.split or DEFAULT_SPLIT)]
+
+
+def _mock_shares(config: TrainConfig) -> list[bool]:
+    """Whether there is training, validation and test data of --mock-data: a share of 0 of --split is none, as ever."""
+    if not config.data.mock_data:
+        return [False] * 3
+    return [bounds is not None for bounds in split_ranges(config.data.split or DEFAULT_SPLIT)]
 
 
 def _common_blend(config: TrainConfig) -> Blend:

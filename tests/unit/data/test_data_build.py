@@ -20,6 +20,7 @@ from megatron_hc.data import (
     NullTokenizer,
     SampleFormat,
     build_datasets,
+    build_whole_validation,
     check_record,
     write_record,
 )
@@ -132,6 +133,16 @@ def test_mock_data_needs_no_files() -> None:
     assert isinstance(train, MockDataset) and len(train) == 5
     assert valid is not None and len(valid) == 3 and test is None
     assert (train[0].tokens != valid[0].tokens).any()
+
+
+def test_mock_data_is_split() -> None:
+    """A share of 0 is no data there either, and a split that is none is refused."""
+    train, valid, test = build_datasets(train_config(16, mock_data=True, split="9,0,1"), BYTES, (5, 5, 5))
+    assert train is not None and valid is None and test is not None
+    refused("no training data: give --train-data-path, or a first share", mock_data=True, split="0,1,0")
+    refused(r"--split \(most,rest\) must be", mock_data=True, split="most,rest")
+    with pytest.raises(ValueError, match="--full-validation: there is no validation data"):
+        build_whole_validation(train_config(16, mock_data=True, split="9,0,1"), BYTES, 5)
 
 
 def test_flags_reach_the_samples(prefix: str) -> None:
