@@ -76,6 +76,8 @@ class _Found:
     """Flags (as written, without values) that the cleaned command line leaves out."""
     tried: set[str] = dataclasses.field(default_factory=set)
     """Fields that were given, well or badly."""
+    spelled: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Field -> the flag of the command line that gave its value, as written."""
 
     def take(self, option: Option, raw: object, origin: str, spelled: str) -> None:
         self.tried.add(option.name)
@@ -88,7 +90,21 @@ class _Found:
             where = f" ({origin})" if origin != COMMAND_LINE else ""
             self.errors.append(f"{spelled}{where}: {error}")
         else:
+            if origin == COMMAND_LINE:
+                self._note_spelling(option, value, spelled)
             self.values[option.name], self.origins[option.name] = value, origin
+
+    def _note_spelling(self, option: Option, value: object, spelled: str) -> None:
+        """Of a flag that is given twice the last one counts; a switch must not undo what its field's flag says."""
+        earlier = self.spelled.setdefault(option.name, spelled)
+        switches = [name for name, targets in ALIASES.items() if VALUE not in targets.values()]
+        has_switch = any(_field_name(name) in switches for name in (earlier, spelled))
+        if has_switch and earlier != spelled and value != self.values[option.name]:
+            self.errors.append(
+                f"{spelled} ({value}) contradicts {earlier} ({self.values[option.name]}): both say "
+                f"{flag(option.name)}, give one of them"
+            )
+        self.spelled[option.name] = spelled
 
 
 def _words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -116,6 +132,11 @@ def _of_launcher(spelled: str, words: list[str]) -> bool:
     return spelled in ("--local_rank", "--local-rank") and words == [os.environ.get("LOCAL_RANK")]
 
 
+def _field_name(spelled: str) -> str:
+    """The field that a flag would be of; a word that is no flag stays as it is."""
+    return spelled[2:].replace("-", "_") if spelled.startswith("--") and "_" not in spelled else spelled
+
+
 def _known_names() -> list[str]:
     negative = [f"no_{option.name}" for option in options().values() if option.kind is bool]
     return [*options(), *negative, *ALIASES, "yaml_cfg", "help"]
@@ -132,7 +153,7 @@ def _switch(name: str) -> tuple[Option, bool] | None:
 
 def _read_flag(found: _Found, spelled: str, words: list[str]) -> None:
     """One flag of the command line with its words, into ``found``."""
-    name = spelled[2:].replace("-", "_") if spelled.startswith("--") and "_" not in spelled else spelled
+    name = _field_name(spelled)
     option, switch = options().get(name), _switch(name)
     if switch is not None and words:
         found.errors.append(f"{spelled} takes no value, but {show(' '.join(words))} follows it")

@@ -168,6 +168,34 @@ def test_aliases(tmp_path: Path) -> None:
     assert "takes no value" in error_of("--use-rotary-position-embeddings", "yes")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data-parallel-sharding-strategy optim_grads_params --use-distributed-optimizer",
+        "--use-distributed-optimizer --data-parallel-sharding-strategy optim_grads_params",
+        "--use-distributed-optimizer --use-torch-fsdp2",
+        "--recompute-granularity full --recompute-activations",
+    ],
+)
+def test_a_switch_does_not_undo_what_its_fields_flag_says(words: str) -> None:
+    first, second = (word for word in words.split() if word.startswith("--"))
+    message = error_of(*words.split())
+    assert message.startswith(f"{second} (") and f") contradicts {first} (" in message
+    assert message.endswith(", give one of them")
+
+
+def test_the_last_of_a_flag_counts(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", "data-parallel-sharding-strategy: no_shard\n")
+    words = "--encoder-seq-length 48 --encoder-seq-length 64 --bf16 --no-bf16 --use-distributed-optimizer".split()
+    config = parse("--yaml-cfg", file, *words, "--data-parallel-sharding-strategy", "optim").config
+    assert (config.model.seq_length, config.training.bf16) == (64, False)  # REQUIRED has --seq-length 32
+    assert config.parallel.data_parallel_sharding_strategy == "optim"
+
+
+def test_a_number_with_millions_of_digits_is_refused_at_once() -> None:
+    assert "--seed: takes a whole number, not '1e999999999'" in error_of("--seed", "1e999999999")
+
+
 def test_empty_text_is_refused(tmp_path: Path) -> None:
     """A script's variable that is not set: a folder with no name would be the current one."""
     file = write(tmp_path / "a.yaml", "load: ''\ntensorboard-dir: null\n")
