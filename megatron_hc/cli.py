@@ -396,7 +396,8 @@ def _cleaned(found: _Found, argv: Sequence[str]) -> list[str]:
     dropping = False
     for word in argv:
         if _is_flag(word):
-            dropping = word.partition("=")[0] in found.dropped
+            spelled = word.partition("=")[0]
+            dropping = UNDERSCORED.get(spelled, spelled) in found.dropped
         if not dropping:
             kept.append(word)
     return kept

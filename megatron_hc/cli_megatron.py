@@ -26,8 +26,12 @@ ALIASES: dict[str, dict[str, str]] = {
 }
 """Other spelling -> {field: fixed value, or VALUE}. Without a VALUE the flag stands alone (``--flag``; YAML: true)."""
 
-UNDERSCORED = {"--deepspeed_config": "--deepspeed-config"}
-"""Flags that DeepSpeed spells with an underscore, and their spelling here."""
+UNDERSCORED = {
+    "--deepspeed_config": "--deepspeed-config",
+    "--override-opt_param-scheduler": "--override-opt-param-scheduler",
+    "--use-checkpoint-opt_param-scheduler": "--use-checkpoint-opt-param-scheduler",
+}
+"""Flags that DeepSpeed and Megatron-LM spell with an underscore, and their spelling here."""
 
 
 @dataclass(frozen=True)

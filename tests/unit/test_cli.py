@@ -134,6 +134,15 @@ def test_flags_not_needed_are_listed_with_the_command_line_without_them() -> Non
     assert lines[-1] == f"pretrain_gpt.py {' '.join(REQUIRED)} --data-path 'a b'"
 
 
+def test_schedules_of_a_checkpoint_as_megatron_spells_them() -> None:
+    """With an underscore. What would take the schedule of the checkpoint is not left out as if it changed nothing."""
+    lines = error_of("--override-opt_param-scheduler", "--bf16", prog="pretrain_gpt.py").splitlines()
+    assert lines[0] == "--override-opt-param-scheduler is not needed here: schedules always follow the command line"
+    assert lines[-1] == f"pretrain_gpt.py {' '.join(REQUIRED)} --bf16"
+    for name in ("--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler"):
+        assert "-opt-param-scheduler is not offered: schedules always follow the command line: give" in error_of(name)
+
+
 def test_a_refused_value_stays_on_the_cleaned_command_line() -> None:
     text = error_of("--dataloader-type", "cyclic", "--use-mcore-models", "--dataloader-type", "single")
     assert "--dataloader-type cyclic is not offered" in text
