@@ -277,7 +277,8 @@ class Logger:
         line = f" validation loss at iteration {iteration}{where} | lm loss value: {loss:.6E} | "
         line += f"lm loss PPL: {perplexity:.6E} | "
         rule = "-" * (len(line) + 1)
-        record: Record = {"iteration": iteration, "consumed_samples": consumed_samples, key: loss}
+        record: Record = {"iteration": iteration, "consumed_samples": consumed_samples}
+        record |= {"consumed_tokens": consumed_samples * self.config.model.seq_length, key: loss}
         record |= {f"{key}_ppl": perplexity, **(details or {}), "time": time.time()}
         self._show("\n".join([rule, line, *lines, rule]), record)
 

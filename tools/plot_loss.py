@@ -64,6 +64,10 @@ def read_records(file: Path) -> list[dict[str, float]]:
         if "iteration" in record:
             is_validation = any("_validation" in key or "_test" in key for key in record)
             found.setdefault((record["iteration"], is_validation), {}).update(record)
+    for (iteration, is_validation), record in found.items():
+        if is_validation:  # what a validation's line does not say stands in that of training
+            trained = found.get((iteration, False), {})
+            record |= {axis: trained[axis] for axis in AXES.values() if axis in trained and axis not in record}
     return [found[key] for key in sorted(found)]
 
 

@@ -65,6 +65,16 @@ def test_a_later_line_of_an_iteration_wins(tool: ModuleType, tmp_path: Path) -> 
     assert tool.load(file, "a", "lm_loss", "iteration", 1).curve == [(1, 3.0), (2, 1.5), (3, 1.0)]
 
 
+def test_validations_against_samples_and_tokens(tool: ModuleType, tmp_path: Path) -> None:
+    """Their lines do not say how many there were: the training's of the same iteration do."""
+    lines = [{"iteration": i, "consumed_samples": 8 * i, "consumed_tokens": 256 * i, "lm_loss": 5.0} for i in (1, 2)]
+    lines.append({"iteration": 2, "consumed_samples": 16, "lm_loss_validation": 4.0})
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert tool.load(tmp_path / "m.jsonl", "a", "lm_loss", "tokens", 1).validation == [(512.0, 4.0)]
+    (tmp_path / "c.log").write_text(CONSOLE)
+    assert tool.load(tmp_path / "c.log", "a", "lm_loss", "samples", 1).validation == [(40.0, 3.5), (80.0, 2.5)]
+
+
 def test_smoothing(tool: ModuleType) -> None:
     points = [(1.0, 4.0), (2.0, 2.0), (3.0, 0.0)]
     assert tool.smoothed(points, 1) == points
