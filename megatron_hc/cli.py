@@ -78,6 +78,8 @@ class _Found:
     """Fields that were given, well or badly."""
     spelled: dict[str, str] = dataclasses.field(default_factory=dict)
     """Field -> the flag of the command line that gave its value, as written."""
+    in_file: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Field that the YAML file being read has given -> groups and key that gave it."""
 
     def take(self, option: Option, raw: object, origin: str, spelled: str) -> None:
         self.tried.add(option.name)
@@ -93,6 +95,15 @@ class _Found:
             if origin == COMMAND_LINE:
                 self._note_spelling(option, value, spelled)
             self.values[option.name], self.origins[option.name] = value, origin
+
+    def take_key(self, option: Option, raw: object, where: str, group: tuple[str, ...], key: str) -> None:
+        """A key of a YAML file, which can name a setting flat, below a group, by its ``no_`` and by another name."""
+        earlier = self.values.get(option.name)
+        self.take(option, raw, where, key)
+        place = (*group, key.replace("-", "_"))
+        # The same key in the same place has been reported when the file was read.
+        if self.in_file.setdefault(option.name, place) != place and self.values.get(option.name) != earlier:
+            self.errors.append(f"{key} ({where}): {option.name} is given twice, with different values")
 
     def _note_spelling(self, option: Option, value: object, spelled: str) -> None:
         """Of a flag that is given twice the last one counts; a switch must not undo what its field's flag says."""
@@ -243,6 +254,7 @@ def _read_yaml(found: _Found, file: str) -> None:
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
+    found.in_file.clear()
     try:
         with open(file, encoding="utf-8") as stream:
             content = yaml.load(stream, Loader)
@@ -280,9 +292,9 @@ def _read_key(found: _Found, file: str, group: tuple[str, ...], key: str, value:
     if option is not None and option.path[: len(group)] != group:
         found.errors.append(f"{key} ({where}): belongs to {option.path[-2]}, not to {group[-1]}")
     elif option is not None:
-        found.take(option, value, where, key)
+        found.take_key(option, value, where, group, key)
     elif name in ALIASES:
-        _read_alias_key(found, name, key, value, where)
+        _read_alias_key(found, name, group, key, value, where)
     elif name in NOT_NEEDED and _refused(NOT_NEEDED[name], [value]):
         found.errors.append(f"{key} ({where}): {show(value)} is not offered: {NOT_NEEDED[name].why}")
     elif name in NOT_NEEDED:
@@ -293,7 +305,9 @@ def _read_key(found: _Found, file: str, group: tuple[str, ...], key: str, value:
         found.errors.append(f"{key} ({where}): is not a setting{nearest(name, [*_known_names(), *groups])}")
 
 
-def _read_alias_key(found: _Found, name: str, key: str, value: object, where: str) -> None:
+def _read_alias_key(
+    found: _Found, name: str, group: tuple[str, ...], key: str, value: object, where: str
+) -> None:
     if VALUE not in ALIASES[name].values():
         if not isinstance(value, bool):
             found.errors.append(f"{key} ({where}): takes true or false, not {show(value)}")
@@ -302,7 +316,7 @@ def _read_alias_key(found: _Found, name: str, key: str, value: object, where: st
             return
     for target, fixed in ALIASES[name].items():
         option = options()[target]
-        found.take(option, value if fixed is VALUE else _fixed(option, fixed), where, key)
+        found.take_key(option, value if fixed is VALUE else _fixed(option, fixed), where, group, key)
 
 
 def parse(argv: Sequence[str], *, base: Base | None = None, prog: str = "pretrain_gpt.py") -> Parsed:

@@ -193,6 +193,21 @@ def test_a_switch_does_not_undo_what_its_fields_flag_says(words: str) -> None:
     assert message.endswith(", give one of them")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seq-length: 32\nmodel:\n  seq_length: 64\n",
+        "load-optim: true\nno-load-optim: true\n",
+        "data-parallel-sharding-strategy: optim_grads_params\nuse-distributed-optimizer: true\n",
+    ],
+)
+def test_a_setting_twice_in_a_file(text: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", text)
+    assert "is given twice, with different values" in error_of("--yaml-cfg", file)
+    once = write(tmp_path / "b.yaml", text.split("\n")[0])
+    assert parse("--yaml-cfg", once, "--yaml-cfg", write(tmp_path / "c.yaml", "lr: 1\n"), "--yaml-cfg", once)
+
+
 def test_the_last_of_a_flag_counts(tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", "data-parallel-sharding-strategy: no_shard\n")
     words = "--encoder-seq-length 48 --encoder-seq-length 64 --bf16 --no-bf16 --use-distributed-optimizer".split()
