@@ -70,6 +70,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(options, name)}")
     check_input_arguments(parser, options)
+    for key in options.json_keys:
+        if os.sep in key:
+            parser.error(f"--json-keys {key} is part of the dataset's name and holds {os.sep!r}: rename it in the data")
     return options
 
 

@@ -417,6 +417,14 @@ def test_one_source_must_be_given(preprocess, tmp_path) -> None:
             run(preprocess, tmp_path, *flags)
 
 
+def test_a_key_that_cannot_be_in_a_name_is_refused_before_the_work(preprocess, tmp_path, capfd) -> None:
+    (tmp_path / "c.jsonl").write_text('{"a/b": "x"}\n')
+    with pytest.raises(SystemExit) as ended:
+        run(preprocess, tmp_path, "--input", str(tmp_path / "c.jsonl"), "--json-keys", "a/b")
+    assert ended.value.code == 2 and "--json-keys a/b is part of the dataset's name" in capfd.readouterr().err
+    assert os.listdir(tmp_path) == ["c.jsonl"]
+
+
 @pytest.mark.parametrize(("name", "package"), [("c.txt.zst", "zstandard"), ("c.parquet", "pyarrow")])
 def test_missing_library_names_the_extra(preprocess, tmp_path, capfd, monkeypatch, name, package) -> None:
     import sys
