@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from megatron_hc.cli import Parsed, exit_on_user_error, parse
+from megatron_hc.config import DataConfig
 
 
 def parse_arguments(arguments: list[str]) -> tuple[int, Parsed]:
@@ -53,10 +54,12 @@ def prepare(world_size: int, parsed: Parsed) -> None:
     print(f"caches in {', '.join(sorted(folders))}, {time.monotonic() - started:.1f} s")
 
 
-def cache_folders(data: object) -> list[str]:
+def cache_folders(data: DataConfig) -> list[str]:
     """The default folders: beside each dataset."""
     values = [value for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
               for value in getattr(data, name)]  # fmt: skip
+    if data.data_args_path is not None:
+        values += Path(data.data_args_path).read_text(encoding="utf-8").split()
     return [
         str(Path(value).parent / "cache" / "GPTDataset_indices") for value in values if Path(f"{value}.idx").exists()
     ]

@@ -207,6 +207,16 @@ def test_prepared_caches_are_those_of_the_run(prepare, tmp_path, capfd, monkeypa
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files
 
 
+def test_the_folders_of_prefixes_in_a_file_are_named(prepare, tmp_path, capfd) -> None:
+    prefix = write_corpus(tmp_path / "c", [300] * 50)
+    (tmp_path / "list.txt").write_text(f"1.0 {prefix}\n")
+    flags = f"--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 16 --max-position-embeddings 16 \
+        --micro-batch-size 2 --train-iters 5 --eval-iters 0 --lr 1e-3 --data-args-path {tmp_path / 'list.txt'} \
+        --split 80,10,10 --tokenizer-type ByteTokenizer".split()
+    assert prepare.main(flags) == 0
+    assert f"caches in {Path(prefix).parent / 'cache' / 'GPTDataset_indices'}, " in capfd.readouterr().out
+
+
 def test_prepare_refuses_what_the_run_would(prepare, tmp_path, capfd) -> None:
     flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 16 --max-position-embeddings 16 \
         --micro-batch-size 2 --train-iters 5 --lr 1e-3 --tokenizer-type ByteTokenizer".split()
