@@ -305,9 +305,7 @@ def _read_key(found: _Found, file: str, group: tuple[str, ...], key: str, value:
         found.errors.append(f"{key} ({where}): is not a setting{nearest(name, [*_known_names(), *groups])}")
 
 
-def _read_alias_key(
-    found: _Found, name: str, group: tuple[str, ...], key: str, value: object, where: str
-) -> None:
+def _read_alias_key(found: _Found, name: str, group: tuple[str, ...], key: str, value: object, where: str) -> None:
     if VALUE not in ALIASES[name].values():
         if not isinstance(value, bool):
             found.errors.append(f"{key} ({where}): takes true or false, not {show(value)}")

@@ -243,6 +243,8 @@ def test_tiktoken_file(gpt2_like: Path, tmp_path: Path) -> None:
     assert [int(table[i]) for i in ids] == library.tokenize(HARD)  # the same words and merges
     assert np.concatenate(tokenizer.tokenize_batch([HARD, "x"])).tolist() == ids + tokenizer.tokenize("x")
     assert TikTokenizer(str(path)).fingerprint != tokenizer.fingerprint
+    with pytest.raises(ValueError, match=r"--vocab-size \(9000\) is for a TikTokenizer's .json: .*own.tiktoken has"):
+        TikTokenizer(str(path), vocab_size=9000)
 
 
 @pytest.mark.parametrize(
