@@ -74,12 +74,12 @@ def convert(arguments: argparse.Namespace) -> None:
     if (arguments.source, arguments.target) == ("hf", "megatron-hc"):
         folder = hf.import_hf(arguments.load, arguments.save, seq_length=arguments.seq_length, options=options)
         if arguments.check_logits:
-            logits.check_logits(arguments.load, *logits.root_of(folder), print)
+            logits.check_logits(arguments.load, *logits.root_of(folder), print, options.dtype)
     elif (arguments.source, arguments.target) == ("megatron-hc", "hf"):
         hf.export_hf(arguments.load, arguments.save, step=arguments.ckpt_step, family=arguments.family, options=options)
         if arguments.check_logits:
             ours = logits.root_of(Folder(arguments.load, arguments.ckpt_step).path)
-            logits.check_logits(arguments.save, *ours, print)
+            logits.check_logits(arguments.save, *ours, print, options.dtype)
     elif (arguments.source, arguments.target) == ("megatron", "megatron-hc"):
         if not arguments.allow_pickle:
             raise ValueError(

@@ -20,17 +20,25 @@ TEXT = (
 )
 
 
-def check_logits(hf_folder: str, our_folder: str, step: int | None, say: Callable[[str], None]) -> float:
-    """The largest difference over both inputs, printed for each; ``ValueError`` where it is more than rounding."""
+def check_logits(
+    hf_folder: str, our_folder: str, step: int | None, say: Callable[[str], None], dtype: torch.dtype | None = None
+) -> float:
+    """The largest difference over both inputs, printed for each; ``ValueError`` where it is more than rounding.
+
+    ``dtype``: what the conversion rounded all weights to, if anything; both models are then rounded likewise.
+    """
     transformers = import_transformers()
     with torch.no_grad():
-        ours, tokenizer, config, _, _ = load_model(our_folder, step)
-        ours.float()
+        # Not in the run's bf16: the checkpoint has fp32 weights, and so has the export.
+        ours, tokenizer, config, _, _ = load_model(our_folder, step, dtype="float32")
         # Code in a folder runs only where this project has written it.
         is_custom = read_json(Path(hf_folder) / "config.json").get("model_type") == MODEL_TYPE
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             hf_folder, dtype=torch.float32, trust_remote_code=is_custom, local_files_only=True
         ).eval()
+        if dtype is not None:
+            for value in (*ours.state_dict().values(), *theirs.state_dict().values()):
+                value.copy_(value.to(dtype))
         length = min(config.model.max_positions, 128)
         generator = torch.Generator().manual_seed(1)
         inputs = {"random tokens": torch.randint(0, ours.vocab_size, (2, length), generator=generator)}
@@ -52,11 +60,11 @@ def check_logits(hf_folder: str, our_folder: str, step: int | None, say: Callabl
 def check_ours(before: tuple[str, int | None], after: tuple[str, int | None], say: Callable[[str], None]) -> float:
     """The same for two checkpoints of ours: what a retrofit must not change."""
     with torch.no_grad():
-        models = [load_model(root, step) for root, step in (before, after)]
+        models = [load_model(root, step, dtype="float32") for root, step in (before, after)]
         length = min(models[0].config.model.max_positions, 128)
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, models[0].model.vocab_size, (2, length), generator=generator)
-        a, b = (found.model.float().output.logits(found.model(tokens)) for found in models)
+        a, b = (found.model.output.logits(found.model(tokens)) for found in models)
         worst = _compare("random tokens", a.transpose(0, 1), b.transpose(0, 1), say)
     if not worst <= TOLERANCE:
         raise ValueError(
