@@ -58,7 +58,7 @@ def _option(path: tuple[str, ...], leaf: dataclasses.Field) -> Option:
     kind, many = members[0], typing.get_origin(members[0]) is tuple
     if many:
         kind = typing.get_args(kind)[0]
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else leaf.metadata.get("choices", ())
     kind = str if choices else kind
     assert kind in (str, int, float, bool), f"{leaf.name}: no flag can be made of {hint}"
     default = leaf.default if leaf.default is not dataclasses.MISSING else None

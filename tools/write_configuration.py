@@ -70,7 +70,8 @@ def megatron_section() -> str:
     """What Megatron-LM's other flags are here."""
     lines = ["## Other flags of Megatron-LM", "", "Spellings that are accepted:", "", "| flag | is |", "|---|---|"]
     for name, targets in ALIASES.items():
-        meant = [flag(target) + (" VALUE" if fixed is VALUE else f" {fixed}") for target, fixed in targets.items()]
+        shown = {VALUE: " VALUE", "true": ""}
+        meant = [flag(target) + shown.get(fixed, f" {fixed}") for target, fixed in targets.items()]
         lines.append(f"| `{flag(name)}` | `{' '.join(meant)}` |")
     lines += ["", "Not offered, with what to do instead:", "", "| flag | instead |", "|---|---|"]
     lines += [f"| `{flag(name)}` | {cell(instead)} |" for name, instead in REPLACED.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_hc.config.common import flag, positive, require
@@ -55,8 +55,8 @@ FLAG_USERS: dict[str, tuple[str, ...]] = {
 class ResidualConfig:
     """Which residual path the model has."""
 
-    residual_connection: str = "plain"
-    """How a sublayer reads from and writes to the residual path: a name of megatron_hc.residual.RESIDUALS."""
+    residual_connection: str = field(default="plain", metadata={"choices": RESIDUAL_CONNECTIONS})
+    """How a sublayer reads from and writes to the residual path: see docs/residual-methods.md."""
     residual_streams: int = 4
     """Expansion rate n of hyper-connections, or number m of fractions of frac-connections."""
     static_residual: bool = False

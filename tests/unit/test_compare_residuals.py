@@ -147,7 +147,7 @@ SHARED = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length
         (["--methods", "plain", "--input", "x", "--", *SHARED.split(), "--eval-iters", "0"], "--eval-iters above 0"),
         (
             ["--methods", "plain", "x=hypr", "--input", "x", "--", *SHARED.split()],
-            "method x: --residual-connection .hypr",
+            "method x: --residual-connection: must be one of .*did you mean hyper",
         ),
     ],
 )

@@ -32,7 +32,6 @@ def test_the_good_configuration_is_good() -> None:
 
 REFUSED = [
     # model and residual
-    ("--residual-connection hypr", "", "--residual-connection (hypr) must be one of plain, hyper, frac"),
     ("--residual-streams 0", "", "--residual-streams must be positive, not 0"),
     (
         "--residual-connection frac --residual-streams 5",
