@@ -81,6 +81,7 @@ def test_search(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not results[0].reason and all(result.reason for result in results[1:])
     best = results[0].estimate.config
     command = launch_command(best, 4, 8)
+    assert "--device" not in command
     again = parse(command.split("pretrain_gpt.py ")[1].split()).config
     assert again == best and "--device" not in command
 
