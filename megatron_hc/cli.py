@@ -350,7 +350,10 @@ def parse(argv: Sequence[str], *, base: Base | None = None, prog: str = "pretrai
     missing = [name for name, option in options().items() if option.required]
     missing = [flag(name) for name in missing if name not in found.tried and name not in base_values]
     if missing and not (callable(base) and found.errors and found.values.get("use_checkpoint_args")):
-        found.errors.append(f"{', '.join(missing)} must be given")
+        folder = found.values.get("load")
+        is_empty = callable(base) and not base_values and folder and found.values.get("use_checkpoint_args")
+        why = f": --load {folder} holds no checkpoint to take them from" if is_empty else ""
+        found.errors.append(f"{', '.join(missing)} must be given{why}")
     if found.errors or found.not_needed:
         raise UsageError(_report(found, argv, prog))
     origins = dict.fromkeys(options(), DEFAULT) | dict.fromkeys(base_values, CHECKPOINT) | found.origins

@@ -91,6 +91,7 @@ def test_the_last_flag_wins() -> None:
         ("--bf16 true", "--bf16 takes no value, but 'true' follows it"),
         ("--bf16=true", "--bf16 takes no value, but 'true' follows it"),
         ("--normalization RmsNorm", "--normalization: must be one of LayerNorm, RMSNorm, not 'RmsNorm' (did you mean"),
+        ("--residual-connection hypr", "--residual-connection: must be one of plain, hyper, frac, "),
         ("--hiden-size 4", "--hiden-size is not a flag (did you mean --hidden-size?)"),
         ("--hidden_size 4", "--hidden_size is not a flag (did you mean --hidden-size?)"),
         ("--num-layer 4", "--num-layer is not a flag (did you mean --num-layers?)"),
@@ -356,7 +357,7 @@ def test_arguments_are_read_beside_the_checkpoint(tmp_path: Path) -> None:
     assert parsed.config.training.seed == 1234
     with pytest.raises(ValueError, match="--ckpt-step 4 is not in"):
         cli.parse_with_checkpoint([*argv, "--ckpt-step", "4"])
-    with pytest.raises(cli.UsageError, match="--num-layers, --hidden-size, .* must be given"):
+    with pytest.raises(cli.UsageError, match="--num-layers, .* must be given: --load .*empty holds no checkpoint"):
         cli.parse_with_checkpoint([*argv[:-1], str(tmp_path / "empty")])
     arguments = tmp_path / "run" / "iter_0000003" / "arguments.json"
     write(arguments, "{" * arguments.stat().st_size)
