@@ -148,10 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="the first one is not measured (default: 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--flags", default="", help="more flags of a run, for both sides")
     options = parser.parse_args(argv)
+    if options.steps < 2:
+        parser.error(f"--steps ({options.steps}) must be at least 2: the first one makes plans and buffers")
     print(
         "| method | schedule | one process, s | pipeline, s | ratio | CPU s: one; stages | bubble (ideal) "
         "| MiB: one; stages | KiB sent |"

@@ -319,13 +319,13 @@ APEX = "signatures, not run"
 PARTS = (
     Part("torch", "torch", "2.11, 2.13 (CPU)", "every run", base, is_base=True),
     Part("gloo", "torch", "torch 2.11, 2.13", "several processes on CPUs", gloo),
-    Part("CUDA", "torch", "torch 2.13", "--device cuda", cuda),
+    Part("CUDA", "torch", "torch 2.11 (H200)", "--device cuda", cuda),
     Part("NCCL", "torch", "not run", "several GPUs", nccl),
     Part("flash attention", "torch", "torch 2.13 (CPU)", "--attention-backend flash", one_of(attention, "flash")),
-    Part("cuDNN attention", "torch", "torch 2.13", "--attention-backend fused", one_of(attention, "fused")),
+    Part("cuDNN attention", "torch", "torch 2.11 (H200)", "--attention-backend fused", one_of(attention, "fused")),
     Part("torch.compile", "torch", "torch 2.13 (CPU)", "--compile", compiler),
     Part("C++ kernels", "torch", "g++ 12", "--fused-residual-backend cpp", cpp),
-    Part("Triton kernels", "triton", "3.9 (interpreter)", "--fused-residual-backend triton", triton),
+    Part("Triton kernels", "triton", "3.6 (H200), 3.9 (interpreter)", "--fused-residual-backend triton", triton),
     Part("DeepSpeed", "deepspeed", "0.19.8 (CPU)", "--deepspeed", deepspeed),
     Part("DeepSpeed's Adam", "deepspeed", "0.19.8 (CPU)", "--optimizer-impl deepspeed", one_of(adam, "deepspeed")),
     *(

@@ -154,3 +154,12 @@ def test_bad_input(
     with pytest.raises(SystemExit):
         run(monkeypatch, flags)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_pipeline_of_one_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.insert(0, str(Path(benchmark.__file__).parent))
+    pipeline = importlib.import_module("benchmark_pipeline")
+    sys.path.pop(0)
+    with pytest.raises(SystemExit):
+        pipeline.main(["--steps", "1"])
+    assert "--steps (1) must be at least 2" in capsys.readouterr().err
