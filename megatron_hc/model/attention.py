@@ -18,6 +18,7 @@ from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.compiled import turned
 from megatron_hc.kernels.norm import promote
 from megatron_hc.model.cache import LayerCache, Span
+from megatron_hc.model.dropout import apart, hidden_dropout
 from megatron_hc.model.linear import Linear, Parts, build_linear
 from megatron_hc.model.placement import head_norms, head_scale, output_norm, placement_of
 from megatron_hc.model.rope import RopeTable, apply_rope
@@ -156,13 +157,15 @@ class Attention(nn.Module):
         self.q_layernorm, self.k_layernorm, norm_of_values = head_norms(config, placement)
         self.v_layernorm = norm_of_values if self.has_values else nn.Identity()
         self.value_residual = build_value_residual(config, layer)
+        self.part: int | None = None
+        """Whose masks dropout of attention weights draws, see ``dropout.py``."""
         self.core = CoreAttention(config, placement.heads == "cosine")
         self.exchange: Exchange | None = None
         """With other ranks that have other tokens, under context parallelism."""
         self.head_scale = head_scale(config, placement)
         self.linear_proj: Linear = build_linear("proj", config, layer)
         self.output_norm = output_norm(config, placement.attention_output)
-        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
+        self.dropout = hidden_dropout(config)
 
     @property
     def qkv_parts(self) -> Parts:
@@ -184,13 +187,15 @@ class Attention(nn.Module):
             assert context.span is not None
             k, v = context.cache.append(context.span, k, v)
         else:
-            q, k, v = self.core.arranged(*(q, k, v) if self.exchange is None else self.exchange.heads(q, k, v))
-        y = self.core(q, k, v, context.mask)
-        if self.exchange is not None:
-            y = self.exchange.tokens(y)
-        y = self.value_residual.correct(y, own, first_values)
+            q, k, v = self.core.arranged(q, k, v)
+        y = self.value_residual.correct(self.attended(q, k, v, context.mask), own, first_values)
         y = self.output_norm(self.linear_proj(self.head_scale(y)))
         return self.dropout(y), self.value_residual.recorded(own)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.part is None or not self.training:
+            return self.core(q, k, v, mask)
+        return apart(self.part, q.device, self.core, q, k, v, mask)
 
     def project(self, x: Tensor | Reads) -> dict[str, Tensor]:
         """x [S, B, C] -> "q" [S, B, Q, H], "k" and "v" [S, B, G, H], "gate" [S, B, G, 1] as far as there are.

@@ -16,6 +16,7 @@ from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.cross_entropy import WHOLE, VocabShard, chunk_logits, linear_cross_entropy, token_scores
 from megatron_hc.model.attention import Context
 from megatron_hc.model.cache import Caches, LayerCache, Span
+from megatron_hc.model.dropout import hidden_dropout
 from megatron_hc.model.initial import embedding_std
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.linear import NormLayer
@@ -144,7 +145,7 @@ class GPT(nn.Module):
             learned = config.position_embedding_type == "learned_absolute"
             self.position_embedding = PositionTable(config) if learned else None
             self.embedding_norm = embedding_norm(config)
-            self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
+            self.dropout = hidden_dropout(config)
             self.entry_residual = build_residual(Site("entry", 0, config))
         self.layers = nn.ModuleDict({str(index): TransformerLayer(config, index) for index in held})
         if self.is_last:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.compiled import gated
+from megatron_hc.model.dropout import hidden_dropout
 from megatron_hc.model.linear import Linear, build_linear
 from megatron_hc.model.placement import output_norm, placement_of
 
@@ -39,7 +40,7 @@ class MLP(nn.Module):
         self.linear_fc2: Linear = build_linear("fc2", config, layer)
         self.output_norm = output_norm(config, placement.mlp_output)
         self.activation = activation_name(config)
-        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
+        self.dropout = hidden_dropout(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, C] -> [S, B, C]"""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig, MoEConfig
+from megatron_hc.model.dropout import hidden_dropout
 from megatron_hc.model.experts import Experts, arrange, combine, dispatch, weights_of_rows
 from megatron_hc.model.initial import initial_of
 from megatron_hc.model.mlp import MLP
@@ -32,7 +33,7 @@ class MoE(nn.Module):
         has_shared = config.moe.moe_shared_expert_intermediate_size is not None
         self.shared_experts = SharedExperts(config, layer) if has_shared else None
         self.output_norm = output_norm(config, placement_of(config, layer).mlp_output)
-        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
+        self.dropout = hidden_dropout(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, C] -> [S, B, C]"""

@@ -18,6 +18,7 @@ from megatron_hc.config import ModelConfig, TrainConfig
 from megatron_hc.kernels.norm import promote
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.attention import Attention
+from megatron_hc.model.dropout import Dropout
 from megatron_hc.model.gpt import GPT, padded_vocab_size
 from megatron_hc.model.linear import NormLayer, Parts
 from megatron_hc.parallel.context import HeadExchange
@@ -144,10 +145,7 @@ def _placement(
 
 def parallelize(model: GPT, mesh: Mesh, table: Sequence[Entry] = PLAN) -> None:
     """Turn modules into their parallel versions, once ``materialize`` has cut their parameters."""
-    if mesh.size("cp") > 1:
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.exchange = HeadExchange(mesh.group("cp"))
+    tell_dropout(model, mesh)
     if mesh.size("tp") == 1:
         return
     region = Region(mesh.group("tp"), mesh.sequence_parallel)
@@ -160,6 +158,18 @@ def parallelize(model: GPT, mesh: Mesh, table: Sequence[Entry] = PLAN) -> None:
         for module in model.modules():
             if isinstance(module, Attention):
                 _share_key_value_heads(module, sharers)
+
+
+def tell_dropout(model: GPT, mesh: Mesh) -> None:
+    """Say what this rank drops by itself: its own samples; of samples it shares its own heads, and its own tokens."""
+    dp, tp = mesh.rank("dp") * mesh.size("tp"), mesh.rank("tp")
+    of_heads = dp + tp if mesh.size("dp") * mesh.size("tp") > 1 else None
+    of_tokens = of_heads if mesh.sequence_parallel else dp if mesh.size("dp") > 1 else None
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.part = of_tokens
+        elif isinstance(module, Attention) and model.config.attention_dropout > 0:
+            module.part = of_heads
 
 
 def _share_key_value_heads(attention: Attention, sharers: int) -> None:
