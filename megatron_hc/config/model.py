@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -245,6 +246,7 @@ class ModelConfig:
         )
         for name in ("attention_dropout", "hidden_dropout"):
             require(0 <= getattr(self, name) < 1, f"{flag(name)} must be in [0, 1), not {getattr(self, name)}")
+        self._validate_rotary()
         if self.position_embedding_type == "rope":
             rotary = int(self.head_size * self.rotary_percent)
             require(
@@ -265,6 +267,19 @@ class ModelConfig:
             self.residual.denseformer_period <= self.num_layers,
             f"--denseformer-period ({self.residual.denseformer_period}) must not exceed --num-layers "
             f"({self.num_layers}), or nothing is averaged",
+        )
+
+    def _validate_rotary(self) -> None:
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        for name in ("rotary_base", "rotary_percent", "use_rope_scaling"):
+            require(
+                self.position_embedding_type == "rope" or getattr(self, name) == defaults[name],
+                f"{flag(name)} ({getattr(self, name)}) needs --position-embedding-type rope, not "
+                f"{self.position_embedding_type}",
+            )
+        require(
+            self.use_rope_scaling or self.rope_scaling_factor == defaults["rope_scaling_factor"],
+            f"--rope-scaling-factor ({self.rope_scaling_factor}) needs --use-rope-scaling",
         )
 
     def _validate_values(self) -> None:

@@ -152,6 +152,12 @@ class MoEConfig:
             not self.moe_router_pre_softmax or (is_softmax and not has_sinkhorn),
             "--moe-router-pre-softmax needs --moe-router-score-function softmax and no sinkhorn balancing",
         )
+        factor = self.moe_router_topk_scaling_factor
+        require(
+            not has_sinkhorn or (is_softmax and factor is None),
+            f"--moe-router-load-balancing-type sinkhorn has weights of its own: leave out --moe-router-score-function "
+            f"({self.moe_router_score_function}) and --moe-router-topk-scaling-factor ({factor})",
+        )
         require(
             k > 1 or not is_softmax or self.moe_router_pre_softmax or has_sinkhorn,
             "--moe-router-topk 1 with a softmax over that one expert is always 1 and teaches the router nothing: add "

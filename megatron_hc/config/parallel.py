@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_hc.config.common import flag, positive, require
+from megatron_hc.config.common import flag, positive, require, shown
 from megatron_hc.config.model import ModelConfig
 from megatron_hc.pipeline_layout import (
     V_SCHEDULES,
@@ -237,6 +237,10 @@ class ParallelConfig:
                 f"--expert-model-parallel-size ({ep}) and --expert-tensor-parallel-size "
                 f"({self.expert_tensor_parallel_size}) need --num-experts",
             )
+            require(
+                self.moe_token_dispatcher_type == ParallelConfig.moe_token_dispatcher_type,
+                f"--moe-token-dispatcher-type ({self.moe_token_dispatcher_type}) needs --num-experts",
+            )
             return
         require(
             model.moe.num_experts % ep == 0,
@@ -326,6 +330,7 @@ class ParallelConfig:
         for name in self.recompute_modules:
             require(name in allowed, f"--recompute-modules ({name}) must be any of {', '.join(allowed)}")
             require(name != "moe" or model.moe.num_experts is not None, "--recompute-modules moe needs --num-experts")
+        self._validate_recompute_modules()
         number = self.recompute_num_layers
         if self.recompute_granularity == "full":
             require(
@@ -342,6 +347,22 @@ class ParallelConfig:
                 "--recompute-method and --recompute-num-layers need --recompute-granularity full",
             )
         self._validate_residual_interval(model)
+
+    def _validate_recompute_modules(self) -> None:
+        """Refuse modules that would not be recomputed; core_attn is the default, and part of whole layers."""
+        if self.recompute_granularity is None:
+            require(
+                self.recompute_modules in ((), ParallelConfig.recompute_modules),
+                f"--recompute-modules ({shown(self.recompute_modules)}) needs --recompute-granularity selective, or "
+                "full for residual",
+            )
+        elif self.recompute_granularity == "full":
+            parts = [name for name in self.recompute_modules if name not in ("core_attn", "residual", "mhc")]
+            require(
+                not parts,
+                f"--recompute-modules ({shown(tuple(parts))}) needs --recompute-granularity selective: full recomputes "
+                "whole layers, beside which only residual does something",
+            )
 
     def _validate_residual_interval(self, model: ModelConfig) -> None:
         interval, most = self.residual_recompute_interval, 2 * model.num_layers

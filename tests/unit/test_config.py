@@ -97,6 +97,36 @@ REFUSED = [
         "--recompute-modules (attn) must be any of core_attn, mlp, moe, layernorm, residual",
     ),
     (
+        "--recompute-modules mlp residual",
+        "",
+        "--recompute-modules (mlp residual) needs --recompute-granularity selective, or full for residual",
+    ),
+    (
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --recompute-modules residual "
+        "layernorm mlp",
+        "",
+        "--recompute-modules (layernorm mlp) needs --recompute-granularity selective: full recomputes whole layers",
+    ),
+    ("--moe-token-dispatcher-type alltoall", "", "--moe-token-dispatcher-type (alltoall) needs --num-experts"),
+    (
+        "--num-experts 4 --moe-router-load-balancing-type sinkhorn --moe-router-topk-scaling-factor 2.5",
+        "",
+        "--moe-router-load-balancing-type sinkhorn has weights of its own: leave out",
+    ),
+    (
+        "--num-experts 4 --moe-router-load-balancing-type sinkhorn --moe-router-score-function sigmoid",
+        "",
+        "leave out --moe-router-score-function (sigmoid)",
+    ),
+    ("--rotary-base 500000", "", "--rotary-base (500000.0) needs --position-embedding-type rope, not learned_absolute"),
+    ("--rotary-percent 0.5", "", "--rotary-percent (0.5) needs --position-embedding-type rope"),
+    ("--use-rope-scaling", "", "--use-rope-scaling (True) needs --position-embedding-type rope"),
+    (
+        "--position-embedding-type rope --rope-scaling-factor 4",
+        "",
+        "--rope-scaling-factor (4.0) needs --use-rope-scaling",
+    ),
+    (
         "--recompute-granularity full",
         "",
         "--recompute-granularity full needs --recompute-method and --recompute-num-layers",
