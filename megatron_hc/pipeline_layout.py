@@ -50,6 +50,10 @@ class PipelineLayout:
         """All layers of a process, in order."""
         return [layer for stage in self.stages_of(rank) for layer in range(*self.bounds[stage])]
 
+    def has_end(self, rank: int) -> bool:
+        """Whether a process has the embedding or the loss."""
+        return rank in (self.rank_of(0), self.rank_of(self.num_stages - 1))
+
     def describe(self) -> str:
         """One line per process, for the log."""
         lines = [f"pipeline of {self.size} processes, {self.num_stages} stages, schedule {self.schedule}:"]
@@ -136,9 +140,12 @@ def parse_layout(text: str, num_layers: int | None) -> list[int]:
     name = f"--pipeline-model-parallel-layout ({text})"
     flat = re.sub(r"[\s,]", "", text)
     while (match := re.search(r"(?:\(([^()]*)\)|([EtLm|]))\*(\d+)", flat)) is not None:
-        repeated = (match[1] if match[2] is None else match[2]) * int(match[3])
-        flat = flat[: match.start()] + repeated + flat[match.end() :]
-    flat = flat.replace("(", "").replace(")", "")
+        part, count = match[1] if match[2] is None else match[2], int(match[3])
+        if len(part) * count > 100_000:
+            raise ValueError(f"{name} repeats {part} {count} times: no model has as many layers")
+        flat = flat[: match.start()] + part * count + flat[match.end() :]
+    while (match := re.search(r"\(([^()]*)\)", flat)) is not None:
+        flat = flat.replace(match[0], match[1])
     if "m" in flat:
         raise ValueError(f"{name} has a multi-token prediction layer (m), which there is not: leave it out")
     if not re.fullmatch(r"E[t|]*L", flat):

@@ -124,6 +124,12 @@ class ParallelConfig:
             per_rank == 1 or schedule not in ("1f1b", "gpipe"),
             f"--pipeline-schedule {schedule} has one stage per process, not {per_rank}: use interleaved",
         )
+        idle = [rank for rank in range(1, size) if not layout.layers_of(rank) and not layout.has_end(rank)]
+        require(
+            not idle,
+            f"--pipeline-model-parallel-layout ({self.pipeline_model_parallel_layout}) leaves process "
+            f"{', '.join(map(str, idle))} of the pipeline without a layer, embedding or loss",
+        )
         return layout
 
     @property

@@ -90,6 +90,9 @@ def test_the_layout_is_printed() -> None:
         ("Et*5LL", "it reads 'EtttttLL'"),
         ("Ettttx|tL", "must be E"),
         ("Et*4|tmL", "multi-token prediction layer (m)"),
+        ("Et(|tt*2L", "it reads 'Et(|tttL'"),  # of what is it twice?
+        ("Ett|)*2L", "must be E"),
+        ("Et*99999999999L", "repeats t 99999999999 times"),
     ],
 )
 def test_bad_layouts(text: str, message: str) -> None:
@@ -108,6 +111,12 @@ def test_bad_layouts(text: str, message: str) -> None:
             2,
             {"pipeline_model_parallel_layout": "Et|tt|tL"},
             "3 stages, which --pipeline-model-parallel-size (2)",
+        ),
+        (
+            4,
+            4,
+            {"pipeline_model_parallel_layout": "Ett||t|tL"},
+            "--pipeline-model-parallel-layout (Ett||t|tL) leaves process 1 of the pipeline without a layer",
         ),
         (
             8,
