@@ -80,5 +80,5 @@ class MuddFormer(DenseHistory):
         return dynamic + self.static.to(dtype)
 
     def normed(self, way: str, x: Tensor) -> Tensor:
-        weight, bias = (self._parameters[f"{way}_norm_{part}"] for part in ("weight", "bias"))
+        weight, bias = (getattr(self, f"{way}_norm_{part}") for part in ("weight", "bias"))
         return norm(x, self.normalization, weight, bias, self.eps)

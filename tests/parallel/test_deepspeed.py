@@ -41,6 +41,7 @@ from megatron_hc import checkpoint, train
 from megatron_hc.cli import parse
 from megatron_hc.data.loader import build_loader
 from megatron_hc.launch import TrainingStopped
+from megatron_hc.residual import RESIDUALS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -99,6 +100,15 @@ def cases(first: int, stages: tuple[int, ...]) -> list[Any]:
 @pytest.mark.parametrize(("model", "stage"), cases(2, (1, 2, 3)))
 def test_two_data_parallel_ranks(pair: Runs, partitioned: str, model: str, stage: int) -> None:
     pair.check(Cell(f"{MODELS[model]} {RATE}", f"{partitioned} --zero-stage {stage}", "", 2, "fp32"))
+
+
+@pytest.mark.parametrize(
+    "method", [name if name == "muddformer" else pytest.param(name, marks=pytest.mark.slow) for name in RESIDUALS]
+)
+def test_every_method_at_stage_three(pair: Runs, partitioned: str, method: str) -> None:
+    """Where a module's wide parameters are no parameters of it any more, but attributes."""
+    model = f"--num-layers 3 --residual-connection {method} --norm-epsilon 0.1 {RATE}"
+    pair.check(Cell(model, f"{partitioned} --zero-stage 3", "", 2, "fp32", num_steps=2))
 
 
 @pytest.mark.parametrize(("model", "stage"), cases(0, (1, 2)))
