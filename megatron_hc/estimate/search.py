@@ -117,10 +117,13 @@ def changed(config: TrainConfig, choice: Choice) -> TrainConfig:
         "overlap_grad_reduce": True,
         "overlap_param_gather": True,
     }
-    cleared: dict[str, Any] = {
-        name: getattr(ParallelConfig(), name)
-        for name in ("recompute_method", "recompute_num_layers", "pipeline_schedule", "recompute_modules")
-    }
+    of_others = (
+        *("recompute_method", "recompute_num_layers", "recompute_modules", "residual_recompute_interval"),
+        *("pipeline_schedule", "pipeline_model_parallel_layout", "num_layers_per_virtual_pipeline_stage"),
+        *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+        *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    )
+    cleared: dict[str, Any] = {name: getattr(ParallelConfig(), name) for name in of_others}
     parallel = dataclasses.replace(config.parallel, **(cleared | layout | recompute))
     training = dataclasses.replace(config.training, micro_batch_size=choice.micro_batch)
     return dataclasses.replace(config, parallel=parallel, training=training)

@@ -111,6 +111,24 @@ def test_flags_of_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "MFU" in capsys.readouterr().out
 
 
+def test_what_another_layout_needs_is_left_out() -> None:
+    """Flags of the layout that was given would have all others refused, and the search would not say so."""
+    given = (
+        "--recompute-granularity selective --recompute-modules residual --residual-recompute-interval 3",
+        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        "--pipeline-model-parallel-size 2 --account-for-embedding-in-pipeline-split",
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttL",
+    )
+    plain = parse(MODEL.split()).config
+    found = list(choices(plain, HARDWARE["h100"], 2))
+    for words in given:
+        config = parse([*MODEL.split(), *words.split()]).config
+        assert [changed(config, choice).parallel for choice in found] == [
+            changed(plain, choice).parallel for choice in found
+        ]
+
+
 def test_search_against_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """With memory for half of the layouts: the first one is the best of those that fit, each estimated by itself."""
     monkeypatch.setattr("megatron_hc.estimate.search.MICRO_BATCHES", (2,))
