@@ -44,17 +44,24 @@ class Placement(NamedTuple):
     """Its copies are in the expert data-parallel group, not in the data-parallel one."""
     passes: int = 1
     """Backward passes of one micro-batch that bring a part of its gradient."""
+    padding: int = 0
+    """Indices at the end of the whole that are zero and no part of the model: how many depends on the layout."""
 
     def cut(self, whole: Tensor) -> Tensor:
         """The whole tensor -> this rank's part, a new tensor."""
         return torch.cat([whole.narrow(self.dim, piece.whole, piece.length) for piece in self.pieces], dim=self.dim)
 
     def overlaps(self, box: Box) -> Iterator[tuple[Piece, int, Tensor]]:
-        """Where pieces lie in a box of this rank's part: (piece, first index along ``dim`` here, a view of the box)."""
+        """Where pieces lie in a box of this rank's part: (piece, first index along ``dim`` here, a view of the box).
+
+        Padding is left out.
+        """
         offset, values = box
         start, length = offset[self.dim], values.shape[self.dim]
+        end = self.whole_shape[self.dim] - self.padding
         for piece in self.pieces:
-            first, last = max(piece.local, start), min(piece.local + piece.length, start + length)
+            own = min(piece.length, end - piece.whole)
+            first, last = max(piece.local, start), min(piece.local + own, start + length)
             if first < last:
                 whole = last - first == length
                 yield piece, first, values if whole else values.narrow(self.dim, first - start, last - first)

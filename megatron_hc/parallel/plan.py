@@ -112,6 +112,8 @@ def placements(model: GPT, mesh: Mesh, table: Sequence[Entry] = PLAN) -> dict[st
         entry = _entry(name, table)
         is_partial = entry.sum_over_tp == "always" or entry.sum_over_tp == "sequence" and is_sequence_parallel
         found[name] = _placement(entry, tuple(parameter.shape), model.config, mesh, "tp" if is_partial else None)
+        if name in ("embedding.weight", "output_layer.weight"):
+            found[name] = found[name]._replace(padding=parameter.shape[0] - model.vocab_size)
         if name == "embedding.weight" and mesh.group("embedding") is not None:
             found[name] = held_twice(found[name])
         if name == "embedding.weight" and mesh.size("pp") > 1 and model.is_first and model.is_last:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from cells import AXES, SHAPES, SP, TP2, TP4
-from parity import Cell, Runs, move_off_initial_values, run_steps
+from parity import Cell, RandomSamples, Runs, move_off_initial_values, run_steps
 from pool import Pool, mesh
 
 from megatron_hc import train
 from megatron_hc.cli import parse
+from megatron_hc.data.loader import build_loader
 from megatron_hc.model.generate import Sampling, generate
 
 
@@ -25,6 +26,30 @@ def test_padding_changes_nothing(runs: Runs, layout: str, tables: str) -> None:
         more = runs.outcome(Cell(padded, layout, world_size=world_size))
         np.testing.assert_allclose(more.losses, least.losses, rtol=1e-14)
         np.testing.assert_allclose(more.grad_norms, least.grad_norms, rtol=1e-12)
+
+
+def zeros_in_gradient(cell: Cell) -> int | None:
+    """What --log-num-zeros-in-grad shows of the first step."""
+    parsed = parse([*cell.flags, "--log-num-zeros-in-grad"])
+    own = mesh(parsed.config, cell.world_size)
+    if own is None:
+        return None
+    run, found = train.set_up(parsed, own), []
+    run.logger.step = lambda num_zeros, **others: found.append(num_zeros)  # type: ignore[method-assign]
+    samples = RandomSamples(8, parsed.config.model.seq_length, run.tokenizer.vocab_size)
+    train.train_step(run, build_loader(samples, own, micro_batch_size=parsed.config.training.micro_batch_size))
+    return found[0]
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [(TP4, 4), ("", 2), ("--pipeline-model-parallel-size 2", 2)])
+@pytest.mark.parametrize("tables", ["", "--untie-embeddings-and-output-weights"])
+def test_padding_is_not_counted_among_zeros(pool: Pool, layout: str, world_size: int, tables: str) -> None:
+    model = f"{SHAPES['gpt']} --disable-bias-linear {tables}"  # the keys' bias has gradients of rounding errors
+    padded = f"{model} --make-vocab-size-divisible-by 128"
+    whole, *_ = pool.run(zeros_in_gradient, Cell(model))
+    assert whole >= 4 * 16  # positions that no sample reaches
+    found = pool.run(zeros_in_gradient, Cell(padded, layout, world_size=world_size))[:world_size]
+    assert found == [whole] * world_size
 
 
 def logits_and_text(cell: Cell) -> tuple[np.ndarray, list[int]] | None:
