@@ -124,8 +124,10 @@ def search_text(results: Sequence[Result]) -> str:
 
 def launch_command(config: TrainConfig, world_size: int, gpus_per_node: int) -> str:
     """torchrun with every flag that is not at its default, on the GPUs there (--device is this machine's: left out)."""
-    nodes = max(1, world_size // gpus_per_node)
-    words = ["torchrun", "--nproc-per-node", str(min(world_size, gpus_per_node))]
+    # As many on each node as leave none over: 12 GPUs in nodes of 8 are two nodes with 6 processes each.
+    per_node = next(size for size in range(min(world_size, gpus_per_node), 0, -1) if world_size % size == 0)
+    nodes = world_size // per_node
+    words = ["torchrun", "--nproc-per-node", str(per_node)]
     if nodes > 1:
         words += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
     words.append("pretrain_gpt.py")

@@ -187,8 +187,11 @@ class Attention(nn.Module):
             assert context.span is not None
             k, v = context.cache.append(context.span, k, v)
         else:
-            q, k, v = self.core.arranged(q, k, v)
-        y = self.value_residual.correct(self.attended(q, k, v, context.mask), own, first_values)
+            q, k, v = self.core.arranged(*(q, k, v) if self.exchange is None else self.exchange.heads(q, k, v))
+        y = self.attended(q, k, v, context.mask)
+        if self.exchange is not None:
+            y = self.exchange.tokens(y)
+        y = self.value_residual.correct(y, own, first_values)
         y = self.output_norm(self.linear_proj(self.head_scale(y)))
         return self.dropout(y), self.value_residual.recorded(own)
 

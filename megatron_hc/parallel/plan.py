@@ -148,6 +148,10 @@ def _placement(
 def parallelize(model: GPT, mesh: Mesh, table: Sequence[Entry] = PLAN) -> None:
     """Turn modules into their parallel versions, once ``materialize`` has cut their parameters."""
     tell_dropout(model, mesh)
+    if mesh.size("cp") > 1:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.exchange = HeadExchange(mesh.group("cp"))
     if mesh.size("tp") == 1:
         return
     region = Region(mesh.group("tp"), mesh.sequence_parallel)
@@ -163,10 +167,11 @@ def parallelize(model: GPT, mesh: Mesh, table: Sequence[Entry] = PLAN) -> None:
 
 
 def tell_dropout(model: GPT, mesh: Mesh) -> None:
-    """Say what this rank drops by itself: its own samples; of samples it shares its own heads, and its own tokens."""
-    dp, tp = mesh.rank("dp") * mesh.size("tp"), mesh.rank("tp")
-    of_heads = dp + tp if mesh.size("dp") * mesh.size("tp") > 1 else None
-    of_tokens = of_heads if mesh.sequence_parallel else dp if mesh.size("dp") > 1 else None
+    """Say what this rank drops by itself: its own samples; of samples it shares its own tokens, and its own heads."""
+    copies, copy = mesh.size("dp") * mesh.size("cp"), mesh.rank("dp") * mesh.size("cp") + mesh.rank("cp")
+    first, tp = copy * mesh.size("tp"), mesh.rank("tp")
+    of_heads = first + tp if copies * mesh.size("tp") > 1 else None
+    of_tokens = of_heads if mesh.sequence_parallel else first if copies > 1 else None
     for module in model.modules():
         if isinstance(module, Dropout):
             module.part = of_tokens

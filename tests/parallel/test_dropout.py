@@ -7,7 +7,7 @@ from dataclasses import replace
 import pool as pools
 import pytest
 import torch
-from cells import SP, TP2
+from cells import CP2, CP4, SP, TP2
 from parity import Cell, Runs, run_cell
 from pool import Pool
 from test_dp_features import same_bits
@@ -39,7 +39,10 @@ def masks(cell: Cell) -> dict[str, bytes] | None:
 
 # Ranks with the same letter have the same samples (and tokens), or heads.
 @pytest.mark.parametrize(
-    ("layout", "of_tokens", "of_heads"), [(f"{TP2} {SP}", "abcd", "abcd"), (TP2, "aabb", "abcd"), ("", "abcd", "abcd")]
+    ("layout", "of_tokens", "of_heads"), [
+        *((f"{TP2} {SP}", "abcd", "abcd"), (TP2, "aabb", "abcd"), ("", "abcd", "abcd")),
+        *((f"{CP2} {TP2}", "aabb", "abcd"), (f"{CP2} {TP2} {SP}", "abcd", "abcd"), (CP4, "abcd", "abcd")),
+    ],
 )
 def test_ranks_share_masks_of_what_they_share(pool: Pool, layout: str, of_tokens: str, of_heads: str) -> None:
     ranks = pool.run(masks, Cell(DROPOUT, layout, world_size=4, num_steps=1))
@@ -51,7 +54,7 @@ def test_ranks_share_masks_of_what_they_share(pool: Pool, layout: str, of_tokens
             assert [other[name] == rank[name] for other in ranks] == same, name
 
 
-@pytest.mark.parametrize("layout", [f"{TP2} {SP}", TP2])
+@pytest.mark.parametrize("layout", [f"{TP2} {SP}", TP2, CP2])
 def test_copies_stay_the_same_and_recompute_repeats_masks(runs: Runs, layout: str) -> None:
     cell = Cell(f"{DROPOUT} --residual-connection mhc", layout, world_size=4, precision="fp32")
     kept = runs.outcome(cell)  # whose losses and norms agree on all ranks

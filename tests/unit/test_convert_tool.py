@@ -114,6 +114,16 @@ def test_a_run_of_ours_as_a_family(family: str, tmp_path: Path, text: str) -> No
     assert abs(float(torch.nn.functional.cross_entropy(logits, words[0, 1:])) - expected) < 1e-5
 
 
+def test_kernels_of_another_machine(tmp_path: Path) -> None:
+    """A run on GPUs names kernels that a CPU does not have; its model works here all the same."""
+    config = small_config({"residual_connection": "hyper"})
+    kernels = {"attention_backend": "fused", "fused_residual_backend": "triton"}
+    write_checkpoint(tmp_path / "ours", config, **kernels)
+    assert tool(*TO_HF, "--load", tmp_path / "ours", "--save", tmp_path / "hf", "--check-logits") == 0
+    found = _of_one_process(tmp_path / "ours" / "iter_0000000", ())
+    assert (found.model.attention_backend, found.model.fused_residual_backend) == ("auto", "auto")
+
+
 def test_check_logits_of_a_bf16_run(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Its checkpoint has fp32 weights, which the export takes over, or rounds where --dtype says so; and back."""
     run = f"--train-iters 3 --save {tmp_path / 'run'} --bf16 --fp32-residual-connection".split()
