@@ -39,7 +39,8 @@ def masks(cell: Cell) -> dict[str, bytes] | None:
 
 # Ranks with the same letter have the same samples (and tokens), or heads.
 @pytest.mark.parametrize(
-    ("layout", "of_tokens", "of_heads"), [
+    ("layout", "of_tokens", "of_heads"),
+    [
         *((f"{TP2} {SP}", "abcd", "abcd"), (TP2, "aabb", "abcd"), ("", "abcd", "abcd")),
         *((f"{CP2} {TP2}", "aabb", "abcd"), (f"{CP2} {TP2} {SP}", "abcd", "abcd"), (CP4, "abcd", "abcd")),
     ],
