@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -183,7 +184,9 @@ class _SmallTraces:
     def _traces_of(self, config: TrainConfig) -> tuple[StageTrace, StageTrace]:
         """(one layer, the mean over dense ones and those with experts; what is not layers)."""
         model, parallel = config.model, config.parallel
-        world = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size * parallel.expert_parts)
+        # As few ranks as hold a whole sequence and all experts.
+        sharers = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+        world = math.lcm(sharers, parallel.expert_model_parallel_size * parallel.expert_parts)
         pattern = model.moe.has_experts(model.num_layers)
         share = sum(pattern) / len(pattern)
         one, two = (self._small(config, world, kinds) for kinds in ((share > 0,), (share > 0,) * 2))

@@ -13,7 +13,7 @@ from megatron_hc.cli import parse
 from megatron_hc.estimate.estimate import estimate
 from megatron_hc.estimate.hardware import HARDWARE
 from megatron_hc.estimate.report import launch_command
-from megatron_hc.estimate.search import changed, choices, search
+from megatron_hc.estimate.search import _SmallTraces, changed, choices, search
 from megatron_hc.estimate.simulate import simulate
 from megatron_hc.estimate.trace import Pass, StageTrace
 from megatron_hc.pipeline_layout import PipelineLayout, bounds_of, even_split
@@ -144,6 +144,22 @@ def test_search_against_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     hardware = HARDWARE["h100"].with_changes(memory_gb=limit / 1e9, reserved_gb=0.0)
     first = search(config, hardware, 2, 128, count=1)[0].estimate
     assert first.fits and first.step_seconds == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", ["", "--num-experts 4"])
+def test_search_with_context_parallelism(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Layouts of all sizes stay in the search, and what it makes of models of a few layers is what they take."""
+    monkeypatch.setattr("megatron_hc.estimate.search.MICRO_BATCHES", (2,))
+    config = parse([*MODEL.split(), *model.split(), "--context-parallel-size", "2"]).config
+    hardware, small = HARDWARE["h100"], _SmallTraces(128)
+    results = search(config, hardware, 4, 128, count=100)
+    assert {(result.choice.tp, result.choice.pp) for result in results} == {(1, 1), (1, 2), (2, 1)}
+    for result in results:
+        if result.choice.pp == 1:  # of stages the ends are not like the middle
+            rough, exact = small.estimate(result.estimate.config, hardware, 4), result.estimate
+            assert rough.step_seconds == pytest.approx(exact.step_seconds, rel=1e-2), result.choice
+            assert rough.peak_bytes == pytest.approx(exact.peak_bytes, rel=1e-2), result.choice
+            assert rough.sent.get("cp") == pytest.approx(exact.sent["cp"], rel=1e-2), result.choice
 
 
 def test_one_forward_one_backward_by_hand() -> None:
