@@ -62,8 +62,10 @@ def samples_not_finite(
 
     losses: this rank's, [micro-batches]; samples: of its micro-batches, one after the other. Where all losses are
     finite and a gradient is not, any of the rank's micro-batches may be the cause. Ranks with the same samples (tensor
-    parallelism) are named once. Empty where no rank's own numbers say it: FSDP2 has added them up by then.
+    and context parallelism) are named once. Empty where no rank's own numbers say it: FSDP2 has added them up by then.
     """
+    # A loss of other tokens of the samples: attention's backward pass has brought it here.
+    losses = all_reduce(losses.clone(), mesh.group("cp"))
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if not bad and not all(bool(slot.local_gradient.isfinite().all()) for slot in slots if not slot.is_fully_sharded):
         bad = list(range(len(losses)))

@@ -271,16 +271,19 @@ def run_with_changed_copy(num_steps: int) -> str | None:
     return None if outcome is None else "went on"
 
 
-def meet_nan(kind: str) -> str:
-    """A step in which rank 2's second micro-batch has a loss (or gradient) that is not finite: what the rank says."""
-    run = set_up("--micro-batch-size 1", 4)
+def meet_nan(kind: str, layout: str = "", token: int = 3) -> str:
+    """A step in which rank 2's second micro-batch has a loss (or gradient) that is not finite: what the rank says.
+
+    ``token``: whose loss it is.
+    """
+    run = set_up(f"--micro-batch-size 1 {layout}", 4)
     samples = RandomSamples(16, run.config.model.seq_length, run.tokenizer.vocab_size)
     loader = build_loader(samples, run.mesh, micro_batch_size=1)
     if run.mesh.world_rank == 2 and kind == "loss":
         forward_backward, count = run.pipeline.forward_backward, 0
 
         def spoiled(batches: list) -> Tensor:
-            batches[1].weights.view(-1)[3] = float("nan")
+            batches[1].weights.view(-1)[token] = float("nan")
             return forward_backward(batches)
 
         run.pipeline.forward_backward = spoiled  # type: ignore[method-assign, assignment]
@@ -306,6 +309,14 @@ def test_not_finite_names_the_samples_of_the_rank_that_has_them(pool: Pool) -> N
     gradient = pool.run(meet_nan, "gradient")
     assert gradient == [gradient[0]] * 4
     assert re.search(r"loss \d\S+ and .* are not both finite \(samples 2, 6 of rank 2\)", gradient[0])
+
+
+@pytest.mark.parametrize("token", [0, 3])
+def test_not_finite_names_the_samples_of_ranks_that_share_them(pool: Pool, token: int) -> None:
+    """Ranks 2 and 3 have samples 1, 3, 5 and 7: one has the loss, the other a gradient that came from it."""
+    found = pool.run(meet_nan, "loss", "--context-parallel-size 2", token)
+    assert found == [found[0]] * 4
+    assert "not both finite (samples 3 of rank 2)" in found[0]
 
 
 def test_nothing_finite_is_not_blamed() -> None:
