@@ -9,6 +9,8 @@ from __future__ import annotations
 import pytest
 from cells import (
     AXES,
+    CP2,
+    CP4,
     HEADS,
     LOSSES,
     NORMS,
@@ -88,7 +90,7 @@ OTHERS = {"norm": NORMS, "value": VALUES, "recompute": RECOMPUTE, "table": TABLE
 @pytest.mark.parametrize("axes", list(AXES))
 @pytest.mark.parametrize("other", OTHERS)
 def test_everything_else_at_every_layout(runs: Runs, axes: str, other: str) -> None:
-    heads = HEADS if "tp" in axes else ["mha"]
+    heads = HEADS if "tp" in axes or "cp" in axes else ["mha"]
     for row in product(axes=[axes], heads=heads, **{other: OTHERS[other]}):
         runs.check(cell_of(row, num_steps=5))
 
@@ -111,7 +113,7 @@ def test_everything_else_with_every_strategy(runs: Runs, axes: str, strategy: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [f"{TP4} {SP}", f"{TP2} {SP}", f"{TP2} {STRATEGIES['hybrid']}"])
+@pytest.mark.parametrize("layout", [f"{TP4} {SP}", f"{TP2} {SP}", f"{TP2} {STRATEGIES['hybrid']}", f"{CP2} {TP2} {SP}", CP4])
 @pytest.mark.parametrize("method", ["mhc", "muddformer"])
 def test_eight_ranks(layout: str, method: str) -> None:
     pool = Pool(size=8, timeout_s=300)
