@@ -113,7 +113,9 @@ def test_everything_else_with_every_strategy(runs: Runs, axes: str, strategy: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [f"{TP4} {SP}", f"{TP2} {SP}", f"{TP2} {STRATEGIES['hybrid']}", f"{CP2} {TP2} {SP}", CP4])
+@pytest.mark.parametrize(
+    "layout", [f"{TP4} {SP}", f"{TP2} {SP}", f"{TP2} {STRATEGIES['hybrid']}", f"{CP2} {TP2} {SP}", CP4]
+)
 @pytest.mark.parametrize("method", ["mhc", "muddformer"])
 def test_eight_ranks(layout: str, method: str) -> None:
     pool = Pool(size=8, timeout_s=300)
