@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from megatron_hc import checkpoint
 from megatron_hc.backends import Fp8State, attach_backends, check_backends, checkpoint_of
 from megatron_hc.checkpoint_access import check_not_locked, choose, locked
 from megatron_hc.cli import Parsed, describe, dump
-from megatron_hc.config import ParallelConfig, TrainConfig
+from megatron_hc.config import TrainConfig
 from megatron_hc.cpu_memory import keep_freed_memory
 from megatron_hc.data import (
     Batch,
@@ -38,6 +36,7 @@ from megatron_hc.model.branch import branch_factors
 from megatron_hc.model.gpt import GPT
 from megatron_hc.optim import BatchSchedule, LearningRate, WeightDecay, adam_update, parameter_groups
 from megatron_hc.parallel.collectives import all_reduce
+from megatron_hc.parallel.compiled import compile_layers
 from megatron_hc.parallel.data import DataParallelOptimizer, StepStats
 from megatron_hc.parallel.deepspeed import DeepSpeedOptimizer, check_deepspeed
 from megatron_hc.parallel.expert import begin_step as begin_routers
@@ -254,28 +253,6 @@ def check_kernels(config: TrainConfig, mesh: Mesh) -> None:
         raise ValueError("--attention-backend fused is cuDNN's and needs --device cuda, not cpu: use flash or auto")
     check_backend(config.model.fused_residual_backend, device)
     check_backends(config, device)
-
-
-def compile_layers(model: GPT, parallel: ParallelConfig, mesh: Mesh) -> None:
-    """--compile: torch.compile of every layer; layers of one structure share their code.
-
-    With --recompute-modules residual a layer's reads and writes are recorded one by one, as they run: its two sublayers
-    are compiled, without them.
-
-    Layers of a method that looks back over depth have each its own. torch would compile eight of them and run the
-    others as they are, with a warning: its limit is raised by what these layers may need, with and without gradients.
-    """
-    if torch.device(mesh.device).type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
-        raise ValueError("--compile needs a C++ compiler on a CPU: install g++ or set CXX, or leave --compile out")
-    limits = torch._dynamo.config
-    limits.recompile_limit += 4 * len(model.stage_layers())
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
-    for layer in model.stage_layers():
-        if parallel.recomputes_residual:
-            layer.attend = torch.compile(layer.attend)  # type: ignore[method-assign]
-            layer.feed_forward = torch.compile(layer.feed_forward)  # type: ignore[method-assign]
-        else:
-            layer.compile()
 
 
 def build_optimizer(config: TrainConfig, model: GPT, placed: dict[str, Placement], mesh: Mesh) -> DataParallelOptimizer:

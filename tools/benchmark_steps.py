@@ -23,9 +23,9 @@ from megatron_hc.config import ModelConfig, MoEConfig, ParallelConfig, ResidualC
 from megatron_hc.log import flops_per_token
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
+from megatron_hc.parallel.compiled import compile_layers
 from megatron_hc.parallel.plan import build_model, cast_parameters, compute_dtype, materialize, placements
 from megatron_hc.residual import Draw
-from megatron_hc.train import compile_layers
 
 
 @dataclass(frozen=True)

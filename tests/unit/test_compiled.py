@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +20,8 @@ from megatron_hc.kernels.swiglu import swiglu
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.rope import RopeTable, apply_rope
-from megatron_hc.train import compile_layers
+from megatron_hc.parallel.compiled import compile_layers
+from megatron_hc.residual import RESIDUALS
 
 READS_RECOMPUTED = {
     "residual": selective_recompute("residual"),
@@ -103,6 +106,30 @@ def test_experts_are_compiled_for_all_micro_batches(precision: str) -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[precision], atol=TOLERANCE[precision])
         counts.append(counter.frame_count)
     assert counts[1] == counts[3]
+
+
+COMPILED = [("hyper", "fp64"), *((method, "fp64") for method in RESIDUALS if method != "hyper"), ("hyper", "fp32")]
+"""The first one by default: its coefficients are views of one tensor, which torch 2.13 takes for several."""
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if index else []) for index, case in enumerate(COMPILED)],
+)
+def test_the_compiler_itself(method: str, precision: str) -> None:
+    """torch's own, not one that counts: gradients are eager code's. (torch 2.11 on a CPU has no attention in fp64.)"""
+    if precision == "fp64" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 compiles attention in fp64 to a call that it refuses")
+    torch._dynamo.reset()
+    config, tokens = small_config({"residual_connection": method}, num_layers=2), random_tokens()
+    compiled, eager = (randomise(build(config, precision), scale=0.1) for _ in range(2))
+    compile_layers(compiled, ParallelConfig(), Mesh())
+    (loss, found), (expected_loss, expected) = (gradients(model, tokens) for model in (compiled, eager))
+    bound = {"fp64": 1e-10, "fp32": 1e-3}[precision]
+    assert abs(loss / expected_loss - 1) < min(bound, 1e-5)
+    errors = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()}
+    assert max(errors.values()) < bound, errors
 
 
 @pytest.mark.gpu

@@ -78,6 +78,7 @@ ONLY = {
     "parallel/recompute.py": {"model", "residual"},
     "parallel/recompute_groups.py": {"model", "residual"},
     "parallel/recompute_reads.py": {"model", "residual"},
+    "parallel/compiled.py": {"model"},
     "parallel/expert.py": {"model"},
     "parallel/fsdp.py": {"model"},
     "parallel/pipeline.py": {"model"},

@@ -1,0 +1,45 @@
+"""--compile: torch.compile of a model's layers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from megatron_hc.config import ParallelConfig
+from megatron_hc.mesh import Mesh
+from megatron_hc.model.gpt import GPT
+
+
+def compile_layers(model: GPT, parallel: ParallelConfig, mesh: Mesh) -> None:
+    """Compile every layer; layers of one structure share their code.
+
+    With --recompute-modules residual a layer's reads and writes are recorded one by one, as they run: its two sublayers
+    are compiled, without them. Raises ``ValueError`` on a CPU without a C++ compiler.
+    """
+    if torch.device(mesh.device).type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
+        raise ValueError("--compile needs a C++ compiler on a CPU: install g++ or set CXX, or leave --compile out")
+    _set_up_compiler(len(model.stage_layers()))
+    for layer in model.stage_layers():
+        if parallel.recomputes_residual:
+            layer.attend = torch.compile(layer.attend)  # type: ignore[method-assign]
+            layer.feed_forward = torch.compile(layer.feed_forward)  # type: ignore[method-assign]
+        else:
+            layer.compile()
+
+
+def _set_up_compiler(num_layers: int) -> None:
+    """Layers of a method that looks back over depth have each its own code. torch would compile eight of them and run
+    the others as they are, with a warning: its limit is raised by what these layers may need, with and without
+    gradients.
+
+    torch 2.13 makes wrong gradients, silently, where tensors saved for the backward pass are views of one another, as
+    the coefficients of hyper-connections are: it takes each for memory of its own that the pass may write into. It is
+    told that none is. The tag leaves code alone that was compiled otherwise and lies in a cache on the disk.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit += 4 * num_layers
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
+    torch._functorch.config.donated_buffer = False
+    torch.compiler.config.cache_key_tag = "what is saved stays as it is"
