@@ -146,7 +146,7 @@ def test_search_against_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.fits and first.step_seconds == pytest.approx(best, rel=1e-3)
 
 
-@pytest.mark.parametrize("model", ["", "--num-experts 4"])
+@pytest.mark.parametrize("model", ["", pytest.param("--num-experts 4", marks=pytest.mark.slow)])
 def test_search_with_context_parallelism(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Layouts of all sizes stay in the search, and what it makes of models of a few layers is what they take."""
     monkeypatch.setattr("megatron_hc.estimate.search.MICRO_BATCHES", (2,))
