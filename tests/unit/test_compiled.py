@@ -126,7 +126,9 @@ def test_the_compiler_itself(method: str, precision: str) -> None:
     config, tokens = small_config({"residual_connection": method}, num_layers=2), random_tokens()
     compiled, eager = (randomise(build(config, precision), scale=0.1) for _ in range(2))
     compile_layers(compiled, ParallelConfig(), Mesh())
-    (loss, found), (expected_loss, expected) = (gradients(model, tokens) for model in (compiled, eager))
+    with torch.compiler.config.patch(force_disable_caches=True):  # code of an earlier run says nothing
+        loss, found = gradients(compiled, tokens)
+    expected_loss, expected = gradients(eager, tokens)
     bound = {"fp64": 1e-10, "fp32": 1e-3}[precision]
     assert abs(loss / expected_loss - 1) < min(bound, 1e-5)
     errors = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()}
