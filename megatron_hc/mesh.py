@@ -70,6 +70,16 @@ class Mesh:
         return self.groups.get(axis)
 
     @property
+    def copies(self) -> int:
+        """Ranks with the same weights, each with samples or tokens of its own."""
+        return self.sizes["dp"] * self.sizes["cp"]
+
+    @property
+    def copy(self) -> int:
+        """This process's place among them."""
+        return self.ranks["dp"] * self.sizes["cp"] + self.ranks["cp"]
+
+    @property
     def world_size(self) -> int:
         size = 1
         for axis in AXES:

@@ -98,9 +98,7 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Processes that together train on one sample: of a copy of the model, for each part of the sequence."""
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def pipeline_layout(self, num_layers: int) -> PipelineLayout:
         """The stages; ``ValueError`` where the layers cannot be shared out so."""
@@ -301,9 +299,7 @@ class ParallelConfig:
         )
         parts = cp * tp if self.sequence_parallel else cp
         times = f" times --tensor-model-parallel-size ({tp}) with --sequence-parallel" if parts > cp else ""
-        require(
-            model.seq_length % parts == 0, f"{name} ({cp}){times} must divide --seq-length ({model.seq_length})"
-        )
+        require(model.seq_length % parts == 0, f"{name} ({cp}){times} must divide --seq-length ({model.seq_length})")
 
     def _validate_data_parallel(self) -> None:
         strategy, name = self.data_parallel_sharding_strategy, "--data-parallel-sharding-strategy"

@@ -184,6 +184,20 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return all_gather(grads[0], ctx.group), None
 
 
+class _ExchangeRows(torch.autograd.Function):
+    """Forward: rows to other ranks. Backward: their gradients come back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = (sent, received), group
+        return own(all_to_all(x, sent, received, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        sent, received = ctx.sizes
+        return all_to_all(grads[0], received, sent, ctx.group), None, None, None
+
+
 class _SumOverRegion(torch.autograd.Function):
     """Forward: all-reduce. Backward: all-reduce, for every rank goes on with the sum in its own way."""
 
@@ -215,6 +229,11 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
 def reduce_scatter_sequence(x: Tensor, group: Group) -> Tensor:
     """Leave a tensor-parallel region to sequence shards."""
     return x if group is None else _ReduceScatterSequence.apply(x, group)
+
+
+def exchange_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+    """``all_to_all``."""
+    return x if group is None else _ExchangeRows.apply(x, sent, received, group)
 
 
 def sum_over_region(x: Tensor, group: Group) -> Tensor:

@@ -8,14 +8,12 @@ Dims: T tokens of this rank, k experts per token, N rows, E experts, P ranks of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_hc.kernels.compiled import own
 from megatron_hc.mesh import ExpertRanks, Mesh
 from megatron_hc.model.experts import Rows, arrange, combine, dispatch, weights_of_rows
 from megatron_hc.model.gpt import GPT
@@ -25,7 +23,7 @@ from megatron_hc.parallel.collectives import (
     Group,
     all_gather,
     all_reduce,
-    all_to_all,
+    exchange_rows,
     gather_sequence,
     group_size,
     own_part,
@@ -54,20 +52,6 @@ class MeshTokens(TokenGroup):
 
     def sum_over_batches(self, x: Tensor) -> Tensor:
         return all_reduce(x.clone(), self.stage)
-
-
-class _AllToAll(torch.autograd.Function):
-    """Rows to other ranks; its adjoint brings their gradients back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = (sent, received), group
-        return own(all_to_all(x, sent, received, group))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        sent, received = ctx.sizes
-        return all_to_all(grads[0], received, sent, ctx.group), None, None, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -109,12 +93,12 @@ class Exchange(NamedTuple):
         rows = rows[: sum(self.blocks)]
         if self.parts > 1:
             rows = torch.cat([block for block in rows.split(self.blocks) for _ in range(self.parts)])
-        return _Reorder.apply(_AllToAll.apply(rows, self.sent, self.received, self.group), self.order, self.inverse)
+        return _Reorder.apply(exchange_rows(rows, self.sent, self.received, self.group), self.order, self.inverse)
 
     def come_back(self, rows: Tensor) -> Tensor:
         """The way back of what the experts here made; what ranks that share an expert made is added."""
         unsorted = _Reorder.apply(rows, self.inverse, self.order)
-        back = _AllToAll.apply(unsorted, self.received, self.sent, self.group)
+        back = exchange_rows(unsorted, self.received, self.sent, self.group)
         if self.parts == 1:
             return back
         blocks = back.split(self.sent)

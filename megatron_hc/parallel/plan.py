@@ -168,10 +168,9 @@ def parallelize(model: GPT, mesh: Mesh, table: Sequence[Entry] = PLAN) -> None:
 
 def tell_dropout(model: GPT, mesh: Mesh) -> None:
     """Say what this rank drops by itself: its own samples; of samples it shares its own tokens, and its own heads."""
-    copies, copy = mesh.size("dp") * mesh.size("cp"), mesh.rank("dp") * mesh.size("cp") + mesh.rank("cp")
-    first, tp = copy * mesh.size("tp"), mesh.rank("tp")
-    of_heads = first + tp if copies * mesh.size("tp") > 1 else None
-    of_tokens = of_heads if mesh.sequence_parallel else first if copies > 1 else None
+    first = mesh.copy * mesh.size("tp")
+    of_heads = first + mesh.rank("tp") if mesh.copies * mesh.size("tp") > 1 else None
+    of_tokens = of_heads if mesh.sequence_parallel else first if mesh.copies > 1 else None
     for module in model.modules():
         if isinstance(module, Dropout):
             module.part = of_tokens

@@ -40,15 +40,13 @@ class Sharding(NamedTuple):
 
 def sharding_of(config: ParallelConfig, mesh: Mesh) -> Sharding:
     """Over all data-parallel ranks, over a part of them (hybrid), or not at all."""
-    ranks = mesh.size("dp") * mesh.size("cp")
-    index = mesh.rank("dp") * mesh.size("cp") + mesh.rank("cp")
     if config.data_parallel_sharding_strategy == "no_shard":
         return Sharding(None, mesh.group("dp_cp"), 1, 0)
     instances = config.num_distributed_optimizer_instances
     if instances == 1:
-        return Sharding(mesh.group("dp_cp"), None, ranks, index)
-    count = ranks // instances
-    return Sharding(mesh.group("dp_cp_shard"), mesh.group("dp_cp_replica"), count, index % count)
+        return Sharding(mesh.group("dp_cp"), None, mesh.copies, mesh.copy)
+    count = mesh.copies // instances
+    return Sharding(mesh.group("dp_cp_shard"), mesh.group("dp_cp_replica"), count, mesh.copy % count)
 
 
 def expert_sharding_of(config: ParallelConfig, mesh: Mesh) -> Sharding:

@@ -19,7 +19,7 @@ from megatron_hc.kernels.norm import promote
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
 from megatron_hc.model.linear import Linear
-from megatron_hc.parallel.context import SequencePart
+from megatron_hc.parallel.collectives import own_part
 from megatron_hc.pipeline_layout import PipelineLayout
 from megatron_hc.residual import Carry, Residual, Site, TensorSpec, build_residual, carry_boundary, flatten, unflatten
 from megatron_hc.residual.base import stream_dtype_of
@@ -97,7 +97,8 @@ class Stage:
         self.entrance = self.entrance_of(config, layout, index, tp)
         self.exit = () if self.is_last else self.entrance_of(config, layout, index + 1, tp)
         self.method = method_of(config.model)
-        self.part = SequencePart(mesh.rank("cp"), mesh.size("cp"))
+        self.sharers = mesh.group("cp")
+        """The ranks with the other tokens of the same sequences."""
         self.measure: Measure = weighted_loss
         """What the last stage computes."""
 
@@ -133,7 +134,9 @@ class Stage:
         positions = batch.position_ids
         if positions is None:
             positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).unsqueeze(0)
-        tokens, labels, weights, positions = map(self.part.of, (batch.tokens, batch.labels, batch.weights, positions))
+        tokens, labels, weights, positions = (
+            own_part(x.t(), self.sharers).t() for x in (batch.tokens, batch.labels, batch.weights, positions)
+        )
         return batch._replace(tokens=tokens, labels=labels, weights=weights, position_ids=positions)
 
     def _linearity_weights(self, batch: MicroBatch) -> Tensor | None:

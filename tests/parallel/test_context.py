@@ -17,7 +17,8 @@ from megatron_hc import train
 from megatron_hc.cli import UsageError, parse
 from megatron_hc.config import ParallelConfig
 from megatron_hc.inference.decoder import check_can_write
-from megatron_hc.parallel.context import HeadExchange, SequencePart
+from megatron_hc.parallel.collectives import own_part
+from megatron_hc.parallel.context import HeadExchange
 from megatron_hc.parallel.stages import MicroBatch, Stage
 
 LLAMA = SHAPES["llama"]
@@ -32,8 +33,8 @@ def exchanged(ranks: int, groups: int) -> list[tuple[Tensor, ...]] | None:
     mesh = pools.mesh(config, ranks)
     if mesh is None:
         return None
-    exchange, part = HeadExchange(mesh.group("cp")), SequencePart(mesh.rank("cp"), ranks)
-    inputs = [part.of(x.transpose(0, 1)).transpose(0, 1).requires_grad_() for x in random_heads(groups)]
+    exchange = HeadExchange(mesh.group("cp"))
+    inputs = [own_part(x, mesh.group("cp")).requires_grad_() for x in random_heads(groups)]
     heads = exchange.heads(*inputs)
     back = exchange.tokens(heads[0].flatten(2))
     loss = sum((x * weights_like(x, mesh.rank("cp"))).sum() for x in (*heads, back))
