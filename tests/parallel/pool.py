@@ -2,7 +2,7 @@
 
 ``Pool.run(function, *arguments)`` calls an importable function on every rank and returns the results in rank order. The
 ranks stay alive from call to call: starting them costs seconds, a call milliseconds. After a failure they are ended,
-and the next call starts new ones.
+and the next call starts new ones. What ran on gloo but could hang on NCCL is a failure too (``order.py``).
 
 In the function ``mesh(config, world_size)`` is the mesh of a layout that takes the first ``world_size`` ranks.
 """
@@ -25,6 +25,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from order import Call, Recorder, hang
 
 SIZE = 4
 TIMEOUT_S = 60.0
@@ -51,10 +53,13 @@ class Pool:
         for pipe in self.pipes:
             pipe.send((function, arguments))
         try:
-            return self._collect(time.monotonic() + (timeout_s or self.timeout_s))
+            results = self._collect(time.monotonic() + (timeout_s or self.timeout_s))
         except BaseException:
             self.close()
             raise
+        if waiting := hang([calls for _, calls in results]):
+            raise RankFailed(f"gloo has done what NCCL would hang in:\n{waiting}")
+        return [value for value, _ in results]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -70,8 +75,9 @@ class Pool:
             self.processes.append(process)
             self.pipes.append(here)
 
-    def _collect(self, deadline: float) -> list[Any]:
-        results: dict[int, Any] = {}
+    def _collect(self, deadline: float) -> list[tuple[Any, list[Call]]]:
+        """Of every rank what the function returned, and the calls that it made."""
+        results: dict[int, tuple[Any, list[Call]]] = {}
         while len(results) < self.size:
             missing = {self.pipes[rank]: rank for rank in range(self.size) if rank not in results}
             ends = {process.sentinel: rank for rank, process in enumerate(self.processes)}
@@ -145,11 +151,13 @@ def _serve(rank: int, size: int, folder: Path, pipe: Connection) -> None:
         "gloo", f"file://{folder / 'store'}", rank=rank, world_size=size, timeout=timedelta(minutes=10)
     )
     dist.new_group = _once_per_ranks(dist.new_group)
+    recorder = Recorder()
     try:
         while True:
             function, arguments = pipe.recv()
+            recorder.take()
             try:
-                answer = True, function(*arguments)
+                answer = True, (function(*arguments), recorder.take())
             except BaseException:
                 answer = False, traceback.format_exc()
             pipe.send(answer)

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cells import TP2
+from order import Call, hang
 from parity import TOLERANCES as TOLERANCE
 from parity import Cell, assembled, differences, run_cell
 from pool import Pool, RankFailed, mesh
@@ -105,6 +106,41 @@ def test_a_killed_test_process_leaves_nothing() -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"{folder} or one of {ranks} is still there")
+
+
+def both_send_first() -> None:
+    other = 1 - dist.get_rank()
+    sent = dist.isend(torch.zeros(3), group_dst=other)
+    dist.recv(torch.empty(3), group_src=other)
+    sent.wait()
+
+
+def cross() -> None:
+    """Two communicators, which the ranks use in different orders."""
+    calls = [(torch.zeros(3), dist.new_group([0, 1])), (torch.zeros(5), dist.group.WORLD)]
+    works = [dist.all_reduce(x, group=group, async_op=True) for x, group in calls[:: 1 - 2 * dist.get_rank()]]
+    for work in works:
+        work.wait()
+
+
+@pytest.mark.parametrize("function, call", [(both_send_first, "message"), (cross, "all_reduce")])
+def test_what_only_gloo_can_do_fails(own_pool: Pool, function: Callable[[], None], call: str) -> None:
+    with pytest.raises(RankFailed, match=rf"(?s)rank 0 waits in its call 0, Call\(kind='{call}'.*rank 1 waits"):
+        own_pool.run(function)
+    assert own_pool.run(total, 1.0) == [3.0, 3.0]
+
+
+def test_calls_of_several_groups_can_take_turns() -> None:
+    """Two pairs, one of a rank of each, and a message; every two ranks may agree and all four still go in a circle."""
+    low, high, middle = (Call("all_reduce", ranks, 1) for ranks in ((0, 1), (2, 3), (1, 2)))
+    message = Call("message", (3, 0), 4)
+    assert hang([[low, message, low], [low, middle, low], [high, middle], [high, message]]) == ""
+    circle = hang([[low, message, low], [middle, low, low], [high, middle], [message, high]])
+    assert [line.split(", Call")[0] for line in circle.split("\n")] == [
+        f"rank {r} waits in its call 0" for r in range(4)
+    ]
+    for other in ([low._replace(size=2)], [low._replace(dtype=torch.bfloat16)], [low._replace(kind="broadcast")], []):
+        assert "rank 1 waits in its call 1" in hang([[low, *other], [low, low]])
 
 
 def groups_of(cell: Cell) -> list[int] | None:
