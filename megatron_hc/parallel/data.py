@@ -156,19 +156,31 @@ class DataParallelOptimizer:
         totals = self._totals(grad_norm_squared, (slot.grad for slot in self.slots), rows, num_layers + 1)
         return totals[:num_layers].sqrt().tolist()
 
-    def _total(self, measure: object, tensors: Iterable[Tensor | None]) -> Tensor:
-        """Sum of ``measure`` over the whole model: what h ranks hold counts 1 / h on each."""
-        return self._totals(measure, tensors, [0] * len(self.slots), 1)[0]
+    def _num_zeros(self) -> int:
+        """fp32 counts to 2^24 only."""
+        return round(float(self._total(num_zeros, (slot.grad for slot in self.slots), torch.float64)))
 
-    def _totals(self, measure: object, tensors: Iterable[Tensor | None], rows: Sequence[int], num_rows: int) -> Tensor:
-        """``_total`` in several parts [num_rows]; ``rows``: which one each slot counts in."""
+    def _total(self, measure: object, tensors: Iterable[Tensor | None], dtype: torch.dtype | None = None) -> Tensor:
+        """Sum of ``measure`` over the whole model: what h ranks hold counts 1 / h on each."""
+        return self._totals(measure, tensors, [0] * len(self.slots), 1, dtype)[0]
+
+    def _totals(
+        self,
+        measure: object,
+        tensors: Iterable[Tensor | None],
+        rows: Sequence[int],
+        num_rows: int,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """``_total`` in several parts [num_rows]; ``rows``: which one each slot counts in. ``dtype``: the masters'."""
         assert callable(measure)
         by_holders: dict[tuple[bool, int, int, torch.device], list[Tensor]] = {}
         for slot, tensor, row in zip(self.slots, tensors, rows, strict=True):
             for holders, part in _pieces(slot, tensor):
                 by_holders.setdefault((slot.placement.is_expert, row, holders, part.device), []).append(part)
         # What the ranks of a tensor-parallel group are to a dense parameter, those of a block are to an expert's.
-        totals = torch.zeros(2, num_rows, dtype=promote(self.slots[0].master.dtype), device=self.mesh.device)
+        dtype = dtype or promote(self.slots[0].master.dtype)
+        totals = torch.zeros(2, num_rows, dtype=dtype, device=self.mesh.device)
         for (is_expert, row, holders, _), parts in by_holders.items():
             totals[int(is_expert), row] += measure(parts) / holders
         for total, sharding, axis in zip(
@@ -181,7 +193,7 @@ class DataParallelOptimizer:
     def step(self, grad_norm: float, learning_rate: float, weight_decay: float, count_zeros: bool = False) -> StepStats:
         """Clip and update: ``learning_rate`` and ``weight_decay`` are this step's, times the group's multipliers."""
         self.num_steps += 1
-        zeros = round(float(self._total(num_zeros, (slot.grad for slot in self.slots)))) if count_zeros else None
+        zeros = self._num_zeros() if count_zeros else None
         self._update(clip_coefficient(grad_norm, self.config.clip_grad), learning_rate, weight_decay)
         return StepStats(grad_norm, zeros)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unittest.mock
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,15 @@ def test_padding_is_not_counted_among_zeros(pool: Pool, layout: str, world_size:
     assert whole >= 4 * 16  # positions that no sample reaches
     found = pool.run(zeros_in_gradient, Cell(padded, layout, world_size=world_size))[:world_size]
     assert found == [whole] * world_size
+
+
+def with_many_zeros(cell: Cell) -> int | None:
+    with unittest.mock.patch("megatron_hc.parallel.data.num_zeros", lambda parts: 2**24 + 1):
+        return zeros_in_gradient(cell)
+
+
+def test_more_zeros_than_fp32_counts(pool: Pool) -> None:
+    assert pool.run(with_many_zeros, Cell(precision="fp32"))[0] == 2**24 + 1
 
 
 def logits_and_text(cell: Cell) -> tuple[np.ndarray, list[int]] | None:
