@@ -38,6 +38,8 @@ def parse_blend(values: Sequence[str], flag: str) -> Blend:
             for weight in weights:
                 if not (weight is not None and 0 < weight < math.inf):
                     raise ValueError(f"{flag}: the weight {weight} must be a positive number")
+            if sum(weight for weight in weights if weight is not None) == math.inf:
+                raise ValueError(f"{flag}: the weights ({' '.join(values[::2])}) have no finite sum: give smaller ones")
             return [value.strip() for value in values[1::2]], [weight for weight in weights if weight is not None]
         if any(weight is not None for weight in weights):
             raise ValueError(f"{flag} ({' '.join(values)}) gives weights to some datasets only: give all or none")

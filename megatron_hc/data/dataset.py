@@ -147,28 +147,50 @@ class GPTDataset:
                 f"GPTDataset-{split}",
                 self.description,
                 ("document_index", "sample_index", "shuffle_index"),
-                lambda: build_indices(indexed.lengths, first, stop, num_samples, format.seq_length, seed),
+                lambda: self._build(sequence_range, num_samples, seed),
             )
         )
+
+    def _build(self, sequence_range: tuple[int, int], num_samples: int | None, seed: int) -> Indices:
+        try:
+            return build_indices(self.indexed.lengths, *sequence_range, num_samples, self.format.seq_length, seed)
+        except (MemoryError, ValueError) as error:  # ValueError: numpy's, of an array that no machine could address
+            raise ValueError(
+                f"dataset {self.indexed.prefix}: the order of {num_samples} {self.split} samples does not fit in "
+                f"memory ({error}): give a shorter run or fewer --eval-iters"
+            ) from error
 
     def __len__(self) -> int:
         """Number of samples: at least those asked for."""
         return len(self.indices.shuffle)
 
     def text(self, index: int) -> np.ndarray:
-        """The tokens of sample ``index`` (in shuffled order), i64[S + 1]."""
-        document, samples, shuffle = self.indices
-        row = int(shuffle[index])
+        """The tokens of sample ``index`` (in shuffled order), i64[S + 1]; ``ValueError`` for a damaged index cache."""
+        row = int(self.indices.shuffle[index])
+        try:
+            text = self._row(row)
+        except (IndexError, TypeError, ValueError) as error:
+            raise ValueError(self._damaged(index)) from error
+        if len(text) != self.format.seq_length + 1:
+            raise ValueError(self._damaged(index))
+        return text.astype(np.int64)
+
+    def _row(self, row: int) -> np.ndarray:
+        document, samples, _ = self.indices
         (first, offset), (last, end) = samples[row].tolist(), samples[row + 1].tolist()
         if first == last:
-            text = self.indexed.get(int(document[first]), offset, end - offset + 1)
-        else:
-            sequences = document[first : last + 1].tolist()
-            parts = [self.indexed.get(sequences[0], offset)]
-            parts += [self.indexed.get(sequence) for sequence in sequences[1:-1]]
-            parts.append(self.indexed.get(sequences[-1], 0, end + 1))
-            text = np.concatenate(parts)
-        return text.astype(np.int64)
+            return self.indexed.get(int(document[first]), offset, end - offset + 1)
+        sequences = document[first : last + 1].tolist()
+        parts = [self.indexed.get(sequences[0], offset)]
+        parts += [self.indexed.get(sequence) for sequence in sequences[1:-1]]
+        parts.append(self.indexed.get(sequences[-1], 0, end + 1))
+        return np.concatenate(parts)
+
+    def _damaged(self, index: int) -> str:
+        return (
+            f"dataset {self.indexed.prefix}: the index cache in {self.cache_folder} is damaged (sample {index} of the "
+            f"{self.split} part): delete that folder, it is written again"
+        )
 
     def __getitem__(self, index: int) -> Sample:
         text = self.text(index)

@@ -63,8 +63,15 @@ class IndexedDataset:
     def __init__(self, prefix: str) -> None:
         self.prefix = str(prefix)
         for path in (idx_path(self.prefix), bin_path(self.prefix)):
-            if not path.is_file():
-                raise ValueError(f"dataset {self.prefix}: {path} does not exist; a prefix needs both .bin and .idx")
+            try:
+                with path.open("rb"):
+                    pass
+            except (FileNotFoundError, NotADirectoryError):
+                raise ValueError(
+                    f"dataset {self.prefix}: {path} does not exist; a prefix needs both .bin and .idx"
+                ) from None
+            except OSError as error:
+                raise ValueError(f"dataset {self.prefix}: {path} cannot be read: {error.strerror}") from error
         code, num_sequences, num_boundaries = self._read_header()
         self.dtype = np.dtype(DTYPE_CODES[code])
         # One map of the whole index; the three arrays are views into it.

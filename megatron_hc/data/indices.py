@@ -117,7 +117,7 @@ def cached_arrays(
     base = f"{hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}-{kind}"
     paths = [folder / f"{base}-{name}.npy" for name in names]
     description_path = folder / f"{base}-description.txt"
-    found = _load(paths) if description_path.is_file() else None
+    found = _load(paths) if os.path.isfile(description_path) else None  # False too where it may not be looked at
     if found is not None:
         return found
     arrays = build()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_bad_split(prefix: str, split: str) -> None:
         (["-1", "a"], "the weight -1.0 must be a positive number"),
         (["0", "a"], "must be a positive number"),
         (["nan", "a"], "must be a positive number"),
+        (["1e308", "a", "1e308", "b"], "have no finite sum"),
         ([], "names no dataset"),
     ],
 )
@@ -85,6 +87,12 @@ def test_blend_spellings() -> None:
     assert parse_blend(["a"], "") == (["a"], None)
     assert parse_blend(["a", "b"], "") == (["a", "b"], None)
     assert parse_blend(["3", "a", ".5", "b "], "") == (["a", "b"], [3.0, 0.5])
+
+
+@pytest.mark.parametrize("samples", [10**15, 10**20])
+def test_a_run_whose_order_no_memory_holds_is_refused(prefix: str, samples: int) -> None:
+    message = f"{prefix}: the order of {samples} train samples does not fit in memory"
+    refused(message, (samples, 0, 0), train_data_path=(prefix,))
 
 
 def test_missing_files_are_refused(tmp_path: Path) -> None:
@@ -189,6 +197,30 @@ def test_cache_lies_beside_the_data_and_is_used(prefix: str, monkeypatch: pytest
     write_corpus(Path(prefix), [39] * 30 + [30])
     build_datasets(config, BYTES, (50, 0, 0))
     assert len(cache_files(folder)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("shuffle", lambda values: values + 2**30),
+        ("sample", lambda values: values + [[0, 1]] * (np.arange(len(values)) % 2 == 1)[:, None]),
+        ("sample", lambda values: values[::-1]),
+        ("sample", lambda values: values[:, 0]),
+        ("document", lambda values: values + 2**30),
+    ],
+)
+def test_a_damaged_cache_is_refused_where_it_shows(prefix: str, name: str, change: Callable) -> None:
+    """Not found at the start, which would read all of it; but no sample of another length reaches the model."""
+    config = train_config(16, data_path=(prefix,), split="1")
+    build_datasets(config, BYTES, (50, 0, 0))
+    (file,) = (Path(prefix).parent / "cache" / "GPTDataset_indices").glob(f"*-{name}_index.npy")
+    values = np.load(file)
+    np.save(file, np.asarray(change(values)).astype(values.dtype))
+    train, *_ = build_datasets(config, BYTES, (50, 0, 0))
+    assert train is not None
+    with pytest.raises(ValueError, match=r"the index cache in \S+_indices is damaged \(sample \d+ of the train"):
+        for index in range(50):
+            train[index]
 
 
 def test_cache_folder_that_cannot_be_written(prefix: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import tempfile
@@ -146,6 +147,20 @@ def test_damaged_files_are_refused(prefix: str, suffix: str, change, message: st
 def test_missing_file_is_refused(prefix: str, suffix: str) -> None:
     os.unlink(prefix + suffix)
     with pytest.raises(ValueError, match=rf"d\{suffix} does not exist"):
+        IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_closed_to_this_user_is_refused(prefix: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.open
+
+    def closed(path: Path, *arguments: object, **options: object) -> object:
+        if path.suffix == suffix:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(ValueError, match=rf"^dataset {prefix}: {prefix}\{suffix} cannot be read: Permission denied$"):
         IndexedDataset(prefix)
 
 
