@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_hc.checkpoint_folder import find, is_changed, iterations_before, latest_iteration, read_manifest
+from megatron_hc.checkpoint_folder import (
+    find,
+    find_if_any,
+    is_changed,
+    iterations_before,
+    latest_iteration,
+    read_manifest,
+)
 from megatron_hc.checkpoint_ranks import all_ranks, gather
 from megatron_hc.config.training import CheckpointConfig
 from megatron_hc.mesh import Mesh
@@ -15,7 +22,7 @@ from megatron_hc.save_lock import SaveLock, check_lock
 
 
 def choose(options: CheckpointConfig, mesh: Mesh) -> Path | None:
-    """The folder to load, the same for all ranks; None where there is nothing to load and that is allowed.
+    """The folder to load, the same for all ranks; None where nothing was saved yet and that is allowed.
 
     With --verify-checkpoint a checkpoint whose files have changed is passed over for the one before, with a warning; if
     --ckpt-step names it, or if there is none before, ValueError.
@@ -25,9 +32,7 @@ def choose(options: CheckpointConfig, mesh: Mesh) -> Path | None:
     found: Path | None = None
     with all_ranks(mesh):
         if mesh.is_first:
-            must_exist = options.ckpt_step is not None or options.exit_on_missing_checkpoint
-            if must_exist or latest_iteration(options.load) is not None:
-                found = find(options.load, options.ckpt_step)
+            found = find(options.load, options.ckpt_step) if options.must_load else find_if_any(options.load)
     found = gather(found, mesh)[0]
     if found is None or not options.verify_checkpoint:
         return found
@@ -62,10 +67,23 @@ def changed_file(folder: Path, mesh: Mesh) -> str | None:
         if "crc32" not in manifest and mesh.is_first:
             logging.getLogger(__name__).warning("%s was saved without checksums: it cannot be verified", folder)
         for name in sorted(manifest["files"])[mesh.world_rank :: mesh.world_size]:
-            if is_changed(folder, name, manifest):
-                found = f"{folder / name} is not what was written (its checksum differs)"
+            try:
+                if is_changed(folder, name, manifest):
+                    found = f"{folder / name} is not what was written (its checksum differs)"
+                    break
+            except OSError as error:  # a disk's way to say that it has lost what was there
+                found = f"{folder / name} cannot be read ({error.strerror})"
                 break
     return next((reason for reason in gather(found, mesh) if reason is not None), None)
+
+
+def newer_checkpoint(save: str | None, iteration: int) -> int | None:
+    """The newest whole checkpoint under --save, if it is beyond the iteration that a run begins at.
+
+    Without --load, with --finetune or an earlier --ckpt-step a run begins behind what an earlier one has saved.
+    """
+    newest = latest_iteration(save) if save is not None else None
+    return newest if newest is not None and newest > iteration else None
 
 
 def check_not_locked(save: str, mesh: Mesh) -> None:

@@ -17,6 +17,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_hc.folders import check_folder
+
 
 class FileRecord(NamedTuple):
     """What the manifest says of a file."""
@@ -33,13 +35,7 @@ FORMAT = 1
 
 def check_save_folder(root: str | Path) -> None:
     """Refuse, before a run starts, a ``--save`` folder that can be neither written nor made."""
-    place = Path(root).absolute()
-    while not place.exists() and not place.is_symlink():
-        place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"--save {root} cannot be a folder because {place} is a file: choose another folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"--save {root} cannot be written because {place} is read-only here: choose another folder")
+    check_folder("--save", root)
 
 
 def prepare(root: Path, partial: Path, needed: int) -> None:
@@ -47,9 +43,8 @@ def prepare(root: Path, partial: Path, needed: int) -> None:
     check_save_folder(root)
     root.mkdir(parents=True, exist_ok=True)
     for leftover in sorted(root.iterdir()):
-        if re.fullmatch(r"iter_\d{7,}\.(tmp|trash)", leftover.name):
-            if leftover.exists():  # else removed together with its .old
-                shutil.rmtree(leftover)
+        if re.fullmatch(r"iter_\d{7,}(\.tmp|(\.\d+)?\.trash)", leftover.name):
+            discard(leftover)
         elif re.fullmatch(r"iter_\d{7,}\.old", leftover.name):  # killed between the two renames of publish, or after
             final = leftover.with_suffix("")
             if problem(final) is not None and problem(leftover) is None:
@@ -100,10 +95,34 @@ def remove(folder: Path) -> None:
     """Delete a folder so that no kill leaves half of it under a name that is looked at."""
     if folder.exists():
         trash = folder.with_suffix(".trash")
-        if trash.exists():
-            shutil.rmtree(trash)
-        folder.rename(trash)
-        shutil.rmtree(trash)
+        discard(trash)
+        if trash.exists():  # it stays: see discard
+            trash = folder.with_suffix(f".{time.time_ns()}.trash")
+        try:
+            folder.rename(trash)
+        except OSError as error:
+            _say_it_stays(folder, error)
+        else:
+            discard(trash)
+
+
+def discard(path: Path) -> None:
+    """Delete what no load looks at, of a link the link alone.
+
+    What cannot be deleted yet (a process still reads it on a network file system, say) is said and stays for the next
+    save to try: no checkpoint is worth less for it.
+    """
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.exists():  # else removed meanwhile, as a .trash with its .old
+            shutil.rmtree(path)
+    except OSError as error:
+        _say_it_stays(path, error)
+
+
+def _say_it_stays(path: Path, error: OSError) -> None:
+    logging.getLogger(__name__).warning("%s cannot be deleted (%s)", path, error.strerror or error)
 
 
 def write_text(path: Path, text: str) -> FileRecord:
@@ -143,11 +162,8 @@ def flush(path: Path) -> None:
 def latest_iteration(root: str | Path) -> int | None:
     """The iteration to resume: the tracker's, or (with a warning) the newest whole checkpoint; None without any."""
     root = Path(root)
-    try:
-        text = (root / TRACKER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        text = None
-    if text is not None and re.fullmatch(r"[0-9]+", text) and _whole(root, int(text)) is not None:
+    text = _tracked(root)
+    if text is not None and re.fullmatch(r"[0-9]{1,18}", text) and _whole(root, int(text)) is not None:
         return int(text)
     for iteration in sorted(_iterations(root), reverse=True):
         if _whole(root, iteration) is not None:
@@ -160,8 +176,12 @@ def latest_iteration(root: str | Path) -> int | None:
 def find(root: str | Path, step: int | None = None) -> Path:
     """The folder of the latest checkpoint under ``--load``, or that of ``--ckpt-step``; ValueError if there is none."""
     root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"--load {root} is not a folder: name the folder that --save wrote to")
+    try:
+        os.scandir(root).close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"--load {root} is not a folder: name the folder that --save wrote to") from None
+    except OSError as error:
+        raise ValueError(f"--load {root} cannot be read: {error.strerror}") from error
     chosen = latest_iteration(root) if step is None else step
     folder = None if chosen is None else _whole(root, chosen)
     if folder is not None:
@@ -169,13 +189,49 @@ def find(root: str | Path, step: int | None = None) -> Path:
     found = sorted(_iterations(root))
     asked = found[-1:] if step is None else [step]
     if asked and asked[0] in found:
+        damaged = root / folder_name(asked[0])
+        is_ours = os.path.exists(damaged / MANIFEST)
+        theirs = "" if is_ours else " (tools/convert_checkpoint.py reads those of Megatron-LM)"
         raise ValueError(
-            f"--load {root} holds no whole checkpoint of iteration {asked[0]}: {problem(root / folder_name(asked[0]))}"
+            f"--load {root} holds no whole checkpoint of iteration {asked[0]}: {problem(damaged)}{theirs}: bring it "
+            "back, or name another folder"
         )
     if step is None:
-        raise ValueError(f"--load {root} holds no checkpoint: name the folder that --save wrote to")
+        tracked = _tracked(root)
+        raise ValueError(
+            f"--load {root} holds no checkpoint: name the folder that --save wrote to"
+            if tracked is None
+            else f"--load {root} holds no checkpoint, though {TRACKER} names {tracked[:20]!r}: bring its folder back, "
+            "or delete that file to begin anew"
+        )
     whole = ", ".join(str(iteration) for iteration in found if _whole(root, iteration) is not None)
     raise ValueError(f"--ckpt-step {step} is not in {root}, which holds the iterations: {whole or 'none'}")
+
+
+def find_if_any(root: str | Path) -> Path | None:
+    """``find`` of the latest; None where no run has saved anything yet.
+
+    ValueError where something was saved and nothing of it is whole: a run that began anew there would take its place.
+    """
+    root = Path(root)
+    try:
+        root.lstat()
+        names = os.listdir(root) if root.is_dir() else None
+    except FileNotFoundError:
+        return None
+    except OSError:
+        names = None
+    if names is not None and not _iterations(root) and _tracked(root) is None:
+        return None
+    return find(root)  # or what is wrong
+
+
+def _tracked(root: Path) -> str | None:
+    """What the tracker says; None where it cannot be read."""
+    try:
+        return (root / TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def iterations_before(root: str | Path, folder: Path) -> list[Path]:
@@ -193,12 +249,16 @@ def problem(folder: Path) -> str | None:
         return str(error)
     for name, size in manifest["files"].items():
         file = folder / name
-        if not file.exists():
+        try:
+            found = file.stat().st_size
+            if found != size:
+                return f"{file} has {found} bytes instead of {size}"
+            if file.suffix == ".json" and is_changed(folder, name, manifest):
+                return f"{file} is not what was written (its checksum differs)"
+        except FileNotFoundError:
             return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes instead of {size}"
-        if file.suffix == ".json" and is_changed(folder, name, manifest):
-            return f"{file} is not what was written (its checksum differs)"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
     return None
 
 
@@ -219,8 +279,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise TypeError
         _check_manifest(manifest)
         return manifest
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder / MANIFEST} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{folder / MANIFEST} cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{folder / MANIFEST} is not the index of a checkpoint") from None
 
@@ -262,7 +324,10 @@ def beside(folder: Path, suffix: str) -> Path:
 
 def _iterations(root: Path) -> set[int]:
     """Iterations with a folder, whole or not."""
-    names = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+    try:
+        names = os.listdir(root)
+    except OSError:
+        names = []
     return {int(match[1]) for name in names if (match := re.fullmatch(r"iter_(\d{7,})(\.old)?", name))}
 
 

@@ -369,14 +369,15 @@ def parse_with_checkpoint(argv: Sequence[str], *, prog: str = "pretrain_gpt.py")
 
 
 def _arguments_of_checkpoint(given: Mapping[str, Any]) -> dict[str, Any]:
-    from megatron_hc.checkpoint_folder import find, latest_iteration
+    from megatron_hc.checkpoint_folder import find, find_if_any
 
     if given["load"] is None:
         return {}  # refused by config.validate
     must_exist = given["ckpt_step"] is not None or given["exit_on_missing_checkpoint"]
-    if not must_exist and latest_iteration(given["load"]) is None:
+    folder = find(given["load"], given["ckpt_step"]) if must_exist else find_if_any(given["load"])
+    if folder is None:
         return {}
-    file = find(given["load"], given["ckpt_step"]) / "arguments.json"
+    file = folder / "arguments.json"
     try:
         return checkpoint_values(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:

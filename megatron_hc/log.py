@@ -311,13 +311,15 @@ class Logger:
             self._keep_going(partial(sink.write, record))
 
     def state(self) -> dict[str, Any]:
-        """The losses that no line has shown yet: saved with a checkpoint, the next line's mean is that of one run."""
-        return {"losses": [float(value) for value in self._losses], "router_losses": self._router_losses}
+        """What no line has shown yet: saved with a checkpoint, the next line is that of one run."""
+        losses = [float(value) for value in self._losses]
+        return {"losses": losses, "router_losses": self._router_losses, "skipped": self._skipped}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over ``state()`` of the run that is resumed; its iterations were timed there, not here."""
         self._losses = list(state["losses"])
         self._router_losses = {name: list(steps) for name, steps in state.get("router_losses", {}).items()}
+        self._skipped = state.get("skipped", 0)
 
 
 def console_line(record: Record, total_iterations: int, options: LogConfig) -> str:

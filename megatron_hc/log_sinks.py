@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_hc.config import LogConfig, TrainConfig
+from megatron_hc.folders import check_folder
 from megatron_hc.log_files import Prometheus
 
 Record = dict[str, Any]
@@ -69,22 +70,34 @@ def check_sinks(options: LogConfig) -> None:
         if given is not None and importlib.util.find_spec(library) is None:
             raise ValueError(f"{name} needs the {library} package: pip install 'megatron_hc[log]'")
     if options.metrics_jsonl is not None:
+        check_folder("--metrics-jsonl: the folder", Path(options.metrics_jsonl).parent)
         _lines_until(Path(options.metrics_jsonl), 0)
     for name, file in (("--heartbeat-file", options.heartbeat_file), ("--prometheus-file", options.prometheus_file)):
-        if file is not None and Path(file).is_dir():
-            raise ValueError(f"{name} {file} is a folder: name a file")
+        if file is not None:
+            check_folder(f"{name}: the folder", Path(file).parent)
+            if Path(file).is_dir():
+                raise ValueError(f"{name} {file} is a folder: name a file")
+    for name, folder in (("--tensorboard-dir", options.tensorboard_dir), ("--wandb-save-dir", options.wandb_save_dir)):
+        if folder is not None:
+            check_folder(name, folder)
 
 
 def open_sinks(config: TrainConfig, start_iteration: int) -> list[Sink]:
-    """The sinks that the configuration asks for, open; see ``JsonLines`` for ``start_iteration``."""
+    """The sinks that the configuration asks for, open; see ``JsonLines`` for ``start_iteration``.
+
+    Raises ``ValueError`` where one cannot be opened: what fails later does not end a run (``Logger``).
+    """
     options = config.logging
     sinks: list[Sink] = []
-    if options.metrics_jsonl is not None:
-        sinks.append(JsonLines(Path(options.metrics_jsonl), start_iteration))
-    if options.tensorboard_dir is not None:
-        sinks.append(TensorBoard(options.tensorboard_dir))
-    if options.wandb_project is not None:
-        sinks.append(WeightsAndBiases(config))
+    try:
+        if options.metrics_jsonl is not None:
+            sinks.append(JsonLines(Path(options.metrics_jsonl), start_iteration))
+        if options.tensorboard_dir is not None:
+            sinks.append(TensorBoard(options.tensorboard_dir))
+        if options.wandb_project is not None:
+            sinks.append(WeightsAndBiases(config))
+    except OSError as error:
+        raise ValueError(f"the log {error.filename} cannot be written: {error.strerror or error}") from error
     if options.prometheus_file is not None:
         sinks.append(Prometheus(options.prometheus_file))
     return sinks
@@ -101,9 +114,10 @@ class JsonLines:
         kept = _lines_until(path, start_iteration)
         self._kept = {_subject(json.loads(line)) for line in kept}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        text = "".join(line + "\n" for line in kept)
+        if path.exists() and path.read_text(encoding="utf-8") != text:  # a full disk has room for what need not change
             beside = path.with_name(path.name + ".tmp")
-            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            beside.write_text(text, encoding="utf-8")
             os.replace(beside, path)
         self._path = path
         self._file = path.open("ab", buffering=0)
@@ -198,7 +212,9 @@ def _lines_until(path: Path, iteration: int) -> list[str]:
     for number, line in enumerate(lines, 1):
         try:
             at = json.loads(line)["iteration"]
-        except (ValueError, TypeError, KeyError):
+            if not isinstance(at, int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number == len(lines) and (number > 1 or line.startswith('{"iteration"')):
                 break
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_hc import checkpoint
 from megatron_hc.backends import Fp8State, attach_backends, check_backends, checkpoint_of
-from megatron_hc.checkpoint_access import check_not_locked, choose, locked
+from megatron_hc.checkpoint_access import check_not_locked, choose, locked, newer_checkpoint
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
 from megatron_hc.cpu_memory import keep_freed_memory
@@ -198,6 +198,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         total_iterations=batches.total_iterations,
         start_iteration=progress.iteration,
     )
+    profiler = Profiler(config.logging, mesh)
     tasks = Tasks(config, mesh) if config.evaluation.eval_harness_tasks else None
     is_whole = config.evaluation.full_validation
     whole = build_whole_validation(config, tokenizer, num_mock_samples(config, batches)) if is_whole else {}
@@ -205,7 +206,13 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     check_enough_samples(config, batches, progress, datasets[0])
     logger.say(explain(place_of()))
     logger.say(describe(config, parsed.origins))
-    profiler = Profiler(config.logging, mesh)
+    if config.checkpoint.load is not None and source is None:
+        logger.say(f"--load {config.checkpoint.load} holds no checkpoint yet: the run begins anew")
+    if mesh.is_first and (newest := newer_checkpoint(config.checkpoint.save, progress.iteration)) is not None:
+        logger.say(
+            f"WARNING: --save {config.checkpoint.save} holds a checkpoint of iteration {newest}, and this run begins "
+            f"at {progress.iteration}: its checkpoints will replace those that it meets"
+        )
     if config.logging.log_straggler:
         logger.say(ranks_by_host(mesh))
     if mesh.size("pp") > 1:

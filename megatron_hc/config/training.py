@@ -156,6 +156,12 @@ class CheckpointConfig:
     exit_on_missing_checkpoint: bool = False
     """Refuse to start where --load holds no checkpoint."""
 
+    @property
+    def must_load(self) -> bool:
+        """Whether a run without a checkpoint would not be the one asked for."""
+        is_named = self.ckpt_step is not None or self.exit_on_missing_checkpoint
+        return is_named or self.finetune or self.moe_use_upcycling
+
     def validate(self) -> None:
         positive(self, "save_interval", "save_retain_interval")
         step = self.ckpt_step

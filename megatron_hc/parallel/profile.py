@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_hc.config import LogConfig
+from megatron_hc.folders import check_folder
 from megatron_hc.mesh import Mesh
 
 
@@ -18,7 +20,8 @@ class Profiler:
 
     Use it as a context and call ``step`` before every iteration. With --use-pytorch-profiler a rank writes
     ``FOLDER/rank_R.json``, to be opened in Perfetto or chrome://tracing; without, it starts and stops the collection of
-    ``nsys profile -c cudaProfilerApi``. Raises ``ValueError`` for what this device cannot do.
+    ``nsys profile -c cudaProfilerApi``. Raises ``ValueError`` for what this device cannot do, and for a folder that
+    cannot be written.
     """
 
     def __init__(self, config: LogConfig, mesh: Mesh) -> None:
@@ -27,6 +30,8 @@ class Profiler:
         self._active: Any = None
         if config.profile and not config.use_pytorch_profiler and not mesh.device.startswith("cuda"):
             raise ValueError("--profile on a CPU needs --use-pytorch-profiler: nsys is for GPUs")
+        if self.is_on and config.use_pytorch_profiler:
+            check_folder("--profile-dir", self.file.parent)
 
     @property
     def file(self) -> Path:
@@ -67,7 +72,10 @@ class Profiler:
             torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStop())
             return
         active.stop()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".json.tmp")
-        active.export_chrome_trace(str(partial))
-        os.replace(partial, self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_suffix(".json.tmp")
+            active.export_chrome_trace(str(partial))
+            os.replace(partial, self.file)
+        except OSError as error:  # a trace is not worth a run
+            logging.getLogger(__name__).warning("%s cannot be written (%s). Training goes on", self.file, error)

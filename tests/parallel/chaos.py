@@ -231,6 +231,8 @@ def survive(plan: Disturbance, folder: Path, expected: list[float | None]) -> di
         else:
             outcome = f"refused ({sentence[1].replace(str(folder), '')[:90]}...), mended, resumed"
             (root / "lock.json").unlink(missing_ok=True)
+            if what and not allowed:  # the only checkpoint was damaged: the run has to begin anew
+                shutil.rmtree(root)
             codes, output = start(folder, "mended")
     loaded = [int(number) for number in re.findall(r"loaded \S+/iter_(\d+)", output)]
     if set(codes) != {0} and not outcome.startswith("FAILED"):

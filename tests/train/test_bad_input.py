@@ -83,6 +83,17 @@ def metrics_of_something_else(folder: Path, licence: str) -> list[str]:
     return ["--metrics-jsonl", str(write(folder / "notes.txt", "remember the milk\nand the bread\n"))]
 
 
+def of_megatron(folder: Path, licence: str) -> list[str]:
+    (folder / "theirs" / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
+    write(folder / "theirs" / "latest_checkpointed_iteration.txt", "100")
+    return ["--load", str(folder / "theirs")]
+
+
+def below_a_file(*flags: str) -> Prepare:
+    """The last of the flags names a file below something that is no folder."""
+    return lambda folder, licence: [*flags, str(write(folder / "taken", "something else") / "below" / "file")]
+
+
 def given(*flags: str) -> Prepare:
     return lambda folder, licence: list(flags)
 
@@ -137,10 +148,23 @@ CASES: dict[str, tuple[Prepare, str]] = {
         given("--load", "nowhere", "--ckpt-step", "3"),
         r"--load nowhere is not a folder",
     ),
+    "nothing to finetune": (given("--load", "nowhere", "--finetune"), r"--load nowhere is not a folder"),
+    "a file in the place of --load": (
+        lambda folder, licence: ["--load", str(write(folder / "taken", "something else"))],
+        r"--load \S+taken is not a folder",
+    ),
+    "a checkpoint of Megatron-LM": (of_megatron, r"no whole checkpoint of iteration 100: .*tools/convert_checkpoint"),
     "metrics that are another file": (
         metrics_of_something_else,
         r"--metrics-jsonl \S+: line 1 is not a line of metrics",
     ),
+    "metrics below a file": (below_a_file("--metrics-jsonl"), r"--metrics-jsonl: .*because \S+taken is a file"),
+    "a heartbeat below a file": (below_a_file("--heartbeat-file"), r"--heartbeat-file: .*because \S+taken is a file"),
+    "a profile below a file": (
+        below_a_file("--profile", "--use-pytorch-profiler", "--profile-dir"),
+        r"--profile-dir \S+ cannot be a folder because \S+taken is a file",
+    ),
+    "a name that is too long": (given("--save", "x" * 300), r"--save x+ cannot be used: File name too long"),
     "heads that do not divide": (given("--num-attention-heads", "5"), r"--num-attention-heads \(5\)"),
     "a residual of another name": (given("--residual-connection", "hypr"), r"--residual-connection.*hypr.*hyper"),
     "a split of words": (given("--split", "most,rest"), r"--split \(most,rest\) must be"),
@@ -248,7 +272,7 @@ def test_a_checkpoint_that_does_not_fit(
     run = tmp_path / "run"
     shutil.copytree(checkpoint, run)
     damage, pattern = CHECKPOINTS[case]
-    argv = [*good(licence, tmp_path), "--load", str(run), "--exit-on-missing-checkpoint", *damage(run)]
+    argv = [*good(licence, tmp_path), "--load", str(run), *damage(run)]
     before = listing(tmp_path)
     code = command(argv)
     check(code, capsys.readouterr().err, pattern)

@@ -154,6 +154,17 @@ def test_damage_of_every_checkpoint_is_refused(flags: Flags, tmp_path: Path, cap
     assert "iter_0000004" in error and "iter_0000002" in error and "no checkpoint before it is whole" in error
 
 
+def test_a_run_that_begins_says_so(flags: Flags, tmp_path: Path, capsys: Any) -> None:
+    assert command(flags("--train-iters", 1)) == 0
+    assert f"--load {tmp_path / 'run'} holds no checkpoint yet: the run begins anew" in capsys.readouterr().out
+    assert command(flags("--train-iters", 1)) == 0
+    again = capsys.readouterr().out
+    assert "anew" not in again and "WARNING" not in again
+    assert command([*flags("--train-iters", 1), "--finetune"]) == 0
+    told = f"WARNING: --save {tmp_path / 'run'} holds a checkpoint of iteration 1, and this run begins at 0"
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["state.json", "arguments.json", "checkpoint.json"])
 def test_damaged_json_is_found_without_being_asked_for(name: str, flags: Flags, whole: list, tmp_path: Path) -> None:
     assert command(flags("--exit-interval", 4)) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import logging
 import multiprocessing
 import os
@@ -21,6 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_hc import checkpoint, checkpoint_folder, checkpoint_save
+from megatron_hc.checkpoint_access import choose
+from megatron_hc.checkpoint_folder import find_if_any
+from megatron_hc.config.training import CheckpointConfig
 from megatron_hc.mesh import AXES, Mesh
 
 ONE = Mesh()
@@ -160,7 +165,7 @@ def test_latest_follows_the_tracker_and_survives_its_loss(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         tracker.write_text("10")
         assert checkpoint.latest_iteration(tmp_path) == 10 and caplog.text == ""
-        for text in ("", "release", "99", "\x00\x00", "-5"):
+        for text in ("", "release", "99", "\x00\x00", "-5", "9" * 5000):
             caplog.clear()
             tracker.write_text(text)
             assert checkpoint.latest_iteration(tmp_path) == 15 and "using iteration 15" in caplog.text
@@ -169,6 +174,63 @@ def test_latest_follows_the_tracker_and_survives_its_loss(tmp_path: Path, caplog
         shutil.copytree(tmp_path / "iter_0000015", tmp_path / "iter_0000025.tmp")
         assert checkpoint.latest_iteration(tmp_path) == 15 and "is missing" in caplog.text
     assert_whole(checkpoint.find(tmp_path), 15)
+
+
+def test_nothing_and_nothing_whole_are_not_the_same(tmp_path: Path) -> None:
+    """Where a run has saved, another may not begin anew: it would take the place of what is left."""
+    assert find_if_any(tmp_path / "none") is None and find_if_any(tmp_path) is None
+    (tmp_path / "iter_0000005.tmp").mkdir()  # killed in its first save
+    assert find_if_any(tmp_path) is None
+    save(tmp_path, 5)
+    assert find_if_any(tmp_path) == tmp_path / "iter_0000005"
+    (tmp_path / "iter_0000005" / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=r"no whole checkpoint of iteration 5: .*checkpoint.json is missing .*: bring"):
+        find_if_any(tmp_path)
+    shutil.rmtree(tmp_path / "iter_0000005")
+    with pytest.raises(ValueError, match=r"holds no checkpoint, though latest_checkpointed_iteration.txt names '5'"):
+        find_if_any(tmp_path)
+    (tmp_path / "unmounted").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"unmounted is not a folder"):
+        find_if_any(tmp_path / "unmounted")
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, module: object, name: str, path: Path, code: int) -> None:
+    """Have a function fail, with this error of the system, for one path."""
+    real = getattr(module, name)
+
+    def call(given: Path, *arguments: object) -> object:
+        if Path(given) == path:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(given, *arguments)
+
+    monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize("name", ["state.json", "model_00000.safetensors"])
+def test_a_disk_that_has_lost_a_file_is_a_damaged_checkpoint(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for iteration in (5, 10):
+        save(tmp_path, iteration)
+    failing(monkeypatch, checkpoint_folder, "checksum", tmp_path / "iter_0000010" / name, errno.EIO)
+    options = CheckpointConfig(load=str(tmp_path), verify_checkpoint=True)
+    assert choose(options, ONE) == tmp_path / "iter_0000005"
+    if name == "state.json":  # looked at without being asked
+        assert checkpoint.find(tmp_path) == tmp_path / "iter_0000005" and "no whole checkpoint" in caplog.text
+    with pytest.raises(ValueError, match=rf"{name} cannot be read \(Input/output error\)"):
+        choose(dataclasses.replace(options, ckpt_step=10), ONE)
+
+
+def test_a_folder_that_is_closed_to_this_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that holds nothing: the run would begin anew."""
+    save(tmp_path, 5)
+    for name in ("scandir", "listdir"):
+        failing(monkeypatch, os, name, tmp_path, errno.EACCES)
+    for load in (find_if_any, checkpoint.find):
+        with pytest.raises(ValueError, match=rf"^--load {tmp_path} cannot be read: Permission denied$"):
+            load(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").unlink()
+    assert checkpoint.latest_iteration(tmp_path) is None, "what a failed save tells of the folder it failed in"
 
 
 def test_find_says_what_is_there(tmp_path: Path) -> None:
@@ -201,6 +263,42 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, caplog: pytest.LogC
     (folder / "checkpoint.json").write_text('{"format": 1, "files"')
     with pytest.raises(ValueError, match="checkpoint.json is not the index"):
         checkpoint.find(tmp_path)
+
+
+def test_an_old_checkpoint_behind_a_link_does_not_stop_the_saves(tmp_path: Path) -> None:
+    """Old checkpoints that were moved away, with a link in their place: the link goes, what it names does not."""
+    root, archive = tmp_path / "run", tmp_path / "archive"
+    save(root, 5)
+    (root / "iter_0000005").rename(archive)
+    (root / "iter_0000005").symlink_to(archive)
+    save(root, 10, retain_interval=20)
+    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000010"]
+    (root / "iter_0000010").rename(tmp_path / "ten")
+    (root / "iter_0000010").symlink_to(tmp_path / "ten")
+    save(root, 10)  # a link is replaced as a folder is
+    assert not (root / "iter_0000010").is_symlink() and [path.name for path in root.glob("iter_*")] == ["iter_0000010"]
+    assert_whole(archive, 5)
+    assert_whole(tmp_path / "ten", 10)
+
+
+def test_what_cannot_be_deleted_does_not_stop_the_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a network file system, where a file that some process reads keeps its folder from going."""
+
+    def busy(path: Path, *arguments: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    save(tmp_path, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        for iteration in (10, 15, 15, 20):
+            save(tmp_path, iteration, retain_interval=20)
+            assert checkpoint.latest_iteration(tmp_path) == iteration
+            assert_whole(checkpoint.find(tmp_path), iteration)
+    assert f"{tmp_path / 'iter_0000005.trash'} cannot be deleted (Directory not empty)" in caplog.text
+    save(tmp_path, 25, retain_interval=20)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000020", "iter_0000025"]
 
 
 def test_retained_iterations(tmp_path: Path) -> None:

@@ -363,6 +363,9 @@ def test_arguments_are_read_beside_the_checkpoint(tmp_path: Path) -> None:
     write(arguments, "{" * arguments.stat().st_size)
     with pytest.raises(ValueError, match="arguments.json cannot be read"):
         cli.parse_with_checkpoint(argv)
+    arguments.unlink()
+    with pytest.raises(ValueError, match="no whole checkpoint of iteration 3: .*arguments.json is missing"):
+        cli.parse_with_checkpoint(argv)
 
 
 def test_checkpoint_arguments_of_another_version() -> None:

@@ -24,15 +24,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"config", "cli_help", "cli_options", "cli_megatron", "checkpoint_folder"},
     "mesh": {"config", "pipeline_layout", "place"},
     "log": {"config", "log_files", "log_sinks"},
-    "log_sinks": {"config", "log_files"},
+    "log_sinks": {"config", "folders", "log_files"},
     "log_files": set(),
+    "folders": set(),
     "signals": {"config", "mesh", "parallel"},
     "spikes": {"config"},
     "save_lock": set(),
     "kernels": set(),
     "residual": {"config", "kernels"},
     "model": {"config", "residual", "kernels"},
-    "parallel": {"mesh", "kernels", "config", "pipeline_layout", "stored"},
+    "parallel": {"mesh", "kernels", "config", "folders", "pipeline_layout", "stored"},
     "data": {"config", "mesh"},
     "optim": {"config", "mesh", "packages"},
     "checkpoint": {"config", "mesh", "checkpoint_folder", "checkpoint_ranks", "checkpoint_save", "stored"},
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "place": set(),
     "watchdog": {"config", "launch", "mesh"},
     "checkpoint_ranks": {"mesh", "stored"},
-    "checkpoint_folder": set(),
+    "checkpoint_folder": {"folders"},
     "checkpoint_access": {"checkpoint_folder", "checkpoint_ranks", "config", "mesh", "save_lock"},
     "stored": set(),
     "state": {"mesh", "model", "parallel", "stored"},
@@ -99,7 +100,7 @@ KERNEL_FILES = {f"kernels/{name}.py": {"triton"} for name in KERNEL_NAMES}
 """Files that are kernels of an optional library, whose decorators need it; they are imported by functions only."""
 
 TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
-TORCH_FREE += ("launch", "packages", "place")
+TORCH_FREE += ("folders", "launch", "packages", "place")
 
 COPIED = "convert/hf_code/"
 """Files that are copied beside exported weights and never imported here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -261,6 +262,43 @@ def test_a_resumed_run_writes_the_file_of_an_unbroken_one(tmp_path: Path) -> Non
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_iterations_skipped_before_a_save_are_counted_after_it(tmp_path: Path) -> None:
+    def logged(*parts: range) -> list[int]:
+        """Iterations 1 .. 6 of which 3 is skipped, in runs that hand over."""
+        path, state = tmp_path / f"{len(parts)}.jsonl", None
+        for part in parts:
+            logger, clock = make(f"--log-interval 2 --metrics-jsonl {path}", start_iteration=part.start - 1)
+            with logger:
+                logger.restore(json.loads(json.dumps(state))) if state else None
+                for iteration in part:
+                    if iteration == 3:
+                        logger.skipped(iteration)
+                    else:
+                        run(logger, clock, range(iteration, iteration + 1))
+                state = logger.state()
+        return [record["skipped_iterations"] for record in records(path)]
+
+    assert logged(range(1, 4), range(4, 7)) == logged(range(1, 7)) == [0, 1, 0]
+
+
+def test_a_file_that_stays_as_it_is_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is resumed on a full disk."""
+    file = tmp_path / "m.jsonl"
+    with make(f"--log-interval 1 --metrics-jsonl {file}")[0] as logger:
+        logger.evaluation("test", 1, 8, 2.0)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    logger, clock = make(f"--log-interval 1 --metrics-jsonl {file}", start_iteration=1)
+    with logger:
+        run(logger, clock, range(2, 3))
+    assert [record["iteration"] for record in records(file)] == [1, 2]
+    with pytest.raises(ValueError, match=f"the log {file} cannot be written: No space left"):
+        make(f"--metrics-jsonl {file}", start_iteration=1)[0].__enter__()
+
+
 def test_a_new_run_starts_its_file_anew_and_only_once_it_runs(tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
     file.write_text('{"iteration": 3}\n')
@@ -272,7 +310,11 @@ def test_a_new_run_starts_its_file_anew_and_only_once_it_runs(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", [b"some notes\n", b"[1]\n", b'{"iteration": 1}\nnotes\n{"iteration": 2}\n', b"\xff"]
+    "content",
+    [
+        *(b"some notes\n", b"[1]\n", b'{"iteration": 1}\nnotes\n{"iteration": 2}\n', b"\xff"),
+        b'{"iteration": null}\n{"iteration": 1}\n',
+    ],
 )
 def test_a_file_of_something_else_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "notes.txt"
