@@ -193,6 +193,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _check_names(folder: Path, index: Mapping[str, Any], asked: set[str], prefixes: tuple[str, ...]) -> None:
     missing = sorted(asked - index.keys())
     extra = sorted(name for name in index.keys() - asked if name.startswith(prefixes))
+    has_optimizer = any(name.startswith("optimizer.") for name in index)
+    if missing and not has_optimizer and all(name.startswith("optimizer.") for name in missing):
+        raise ValueError(
+            f"the checkpoint {folder} holds no state of the optimizer: --no-load-optim goes on from its iteration with "
+            "a fresh one, --finetune begins at iteration 0 with its weights"
+        )
     parts = [
         f"{what} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         for what, names in (("it lacks", missing), ("it alone has", extra))

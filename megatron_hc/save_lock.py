@@ -114,12 +114,15 @@ def _refuse_if_held(path: Path, handle: int) -> str | None:
     content = os.pread(handle, 65536, 0)
     held = _description(content)
     age = _age(path)
-    if _is_held(handle):
+    is_held = _is_held(handle)
+    if is_held:
         raise ValueError(_refusal(path, held, age))
     if not content:
         return None  # made by us just now, or by a job that ended before it could write
-    if held and (held.get("boot") == _boot() or _is_earlier_attempt(held)):
-        why = "its process has ended" if held.get("boot") == _boot() else "it is of an earlier attempt of this job"
+    if held and held.get("boot") == _boot() and (is_held is not None or _has_ended(held)):
+        why = "its process has ended"
+    elif _is_earlier_attempt(held):
+        why = "it is of an earlier attempt of this job"
     elif age is None or age <= STALE_S:
         raise ValueError(_refusal(path, held, age))
     else:
@@ -127,8 +130,11 @@ def _refuse_if_held(path: Path, handle: int) -> str | None:
     return f"{path} is stale ({why}): taking it over from {_who(held)}"
 
 
-def _is_held(handle: int, patience_s: float = 1.0) -> bool:
-    """Whether another process has the record lock; else this one has it now. A look like this one passes quickly."""
+def _is_held(handle: int, patience_s: float = 1.0) -> bool | None:
+    """Whether another process has the record lock; else this one has it now. A look like this one passes quickly.
+
+    None: this file system has no record locks (Lustre often has none), and the lock's time decides.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -138,8 +144,22 @@ def _is_held(handle: int, patience_s: float = 1.0) -> bool:
             if time.monotonic() > deadline:
                 return True
         except OSError:
-            return False  # this file system has no record locks: the lock's time decides
+            return None
         time.sleep(0.1)
+
+
+def _has_ended(held: Mapping[str, Any]) -> bool:
+    """Whether the process of a lock of this machine is gone; one of another container cannot be seen from here."""
+    pid = held.get("pid")
+    if type(pid) is not int or pid <= 0 or held.get("pids") != _pids():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _refusal(path: Path, held: Mapping[str, Any], age: float | None) -> str:
@@ -202,6 +222,7 @@ def _self_description() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
+        "pids": _pids(),
         "pid": os.getpid(),
         "job": job,
         "attempt": attempt,
@@ -236,3 +257,11 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return socket.gethostname()
+
+
+def _pids() -> str | None:
+    """What processes that see each other have in common: their namespace of process numbers."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None

@@ -195,7 +195,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         config,
         mesh,
         tokenizer.vocab_size,
-        total_iterations=batches.total_iterations,
+        total_iterations=batches.iterations_at_end(progress.iteration, progress.consumed_samples),
         start_iteration=progress.iteration,
     )
     profiler = Profiler(config.logging, mesh)
@@ -597,6 +597,9 @@ def load(run: Run, source: Any) -> None:
     state = checkpoint.read_state(source)
     with_rng = options.load_rng and not weights_only
     restore_state(state, run.optimizer if with_optimizer else None, run.mesh, with_rng=with_rng)
+    model = run.config.model
+    if with_rng and "rng" not in state and max(model.hidden_dropout, model.attention_dropout) > 0:
+        run.logger.say(f"WARNING: {source} holds no state of the random generators: dropout begins as at iteration 0")
     if not weights_only:
         run.logger.restore(state["logger"])
         run.spikes.restore(state.get("spikes", {}))

@@ -77,6 +77,7 @@ class BlendedDataset:
         self.datasets = list(datasets)
         weights = list(weights) if size is None else normalize(weights)
         first = self.datasets[0]
+        self._folder = Path(cache_dir) if cache_dir else first.cache_folder
         description = {
             "class": "BlendedDataset",
             "datasets": [dataset.description for dataset in self.datasets],
@@ -84,7 +85,7 @@ class BlendedDataset:
             "size": size,
         }
         self.dataset_index, self.dataset_sample_index = cached_arrays(
-            Path(cache_dir) if cache_dir else first.cache_folder,
+            self._folder,
             f"BlendedDataset-{first.split}",
             description,
             ("dataset_index", "dataset_sample_index"),
@@ -94,7 +95,11 @@ class BlendedDataset:
                 else blending_indices(weights, size)
             ),
         )
-        for i, count in enumerate(np.bincount(self.dataset_index, minlength=len(self.datasets)).tolist()):
+        which = self.dataset_index
+        is_whole = len(which) == len(self.dataset_sample_index) == (sum(weights) if size is None else size)
+        if not is_whole or which.min(initial=0) < 0 or which.max(initial=0) >= len(self.datasets):
+            raise ValueError(self._damaged())
+        for i, count in enumerate(np.bincount(which, minlength=len(self.datasets)).tolist()):
             if count > len(self.datasets[i]):
                 raise ValueError(
                     f"the {first.split} blend draws {count} samples from {self.datasets[i].indexed.prefix}, which "
@@ -105,4 +110,11 @@ class BlendedDataset:
         return len(self.dataset_index)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.datasets[self.dataset_index[index]][int(self.dataset_sample_index[index])]
+        dataset, sample = self.datasets[self.dataset_index[index]], int(self.dataset_sample_index[index])
+        if not 0 <= sample < len(dataset):
+            raise ValueError(self._damaged())
+        return dataset[sample]
+
+    def _damaged(self) -> str:
+        which = f"the {self.datasets[0].split} blend in {self._folder}"
+        return f"the index cache of {which} is damaged: delete that folder, it is written again"

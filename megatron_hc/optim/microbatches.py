@@ -19,7 +19,8 @@ class BatchSchedule:
         """The full global batch size."""
         self._start, self._increment, self._ramp_samples = config.rampup_batch_size or (self.largest, 1, 0)
         self._num_steps = (self.largest - self._start) // self._increment
-        self.total_iterations = self._count_iterations(config)
+        self._train_iters, self._train_samples = config.train_iters, config.train_samples
+        self.total_iterations = self.iterations_at_end(0, 0)
         """Iterations of the run. With --train-samples, a last partial batch is left out, as in Megatron-LM."""
         self.total_samples = config.train_samples or self.total_iterations * self.largest
         """Samples that the training data must have."""
@@ -35,12 +36,13 @@ class BatchSchedule:
         """Micro-batches per data-parallel rank of the step that starts after ``consumed_samples`` samples."""
         return self.global_batch_size(consumed_samples) // self.per_micro_batch
 
-    def _count_iterations(self, config: TrainingConfig) -> int:
-        if config.train_samples is None:
-            return config.train_iters or 0
-        iterations = consumed = 0
+    def iterations_at_end(self, iteration: int, consumed_samples: int) -> int:
+        """Iterations of the run when it ends, for one that has done so many with batches of today's or other sizes."""
+        if self._train_samples is None:
+            return self._train_iters or 0
+        iterations, consumed = iteration, consumed_samples
         while self._num_steps and consumed <= self._ramp_samples:
             consumed += self.global_batch_size(consumed)
             iterations += 1
         # Negative where the ramp's last batch passes the end of the run: then that batch is the one left out.
-        return iterations + (config.train_samples - consumed) // self.largest
+        return max(iteration, iterations + (self._train_samples - consumed) // self.largest)

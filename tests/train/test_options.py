@@ -81,6 +81,15 @@ def test_parts_of_a_checkpoint_can_be_left_out(flag: str, half: tuple, tmp_path:
     assert rest[1] != whole[5]
 
 
+def test_parts_that_were_not_saved_are_named(licence: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = tiny(licence, tmp_path, "--train-iters", 2, "--hidden-dropout", 0.1, *save(tmp_path))
+    assert command([*flags, "--no-save-optim", "--no-save-rng", "--exit-interval", "1"]) == 0
+    assert command(flags) == 2
+    assert re.search(r"iter_0000001 holds no state of the optimizer: --no-load-optim ", capsys.readouterr().err)
+    assert command([*flags, "--no-load-optim"]) == 0
+    assert re.search(r"WARNING: \S+iter_0000001 holds no state of the random generators", capsys.readouterr().out)
+
+
 def test_ckpt_step_goes_back(half: tuple, tmp_path: Path) -> None:
     flags, whole = half
     assert command([*flags, "--save-interval", "2"]) == 0

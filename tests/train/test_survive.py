@@ -122,6 +122,17 @@ def test_skipped_iterations_change_nothing_but_the_data_position(flags: Flags, t
     assert state["optimizer_steps"] == 6
 
 
+def test_the_last_line_of_a_run_whose_batch_has_grown(licence: str, tmp_path: Path, capsys: Any) -> None:
+    """Its iterations are those done plus those left, not those of a run with today's batch from the start."""
+    saved = ["--save", tmp_path / "run", "--load", tmp_path / "run", "--eval-interval", 0, "--log-interval", 3]
+    argv = tiny(licence, tmp_path, "--train-samples", 32, *saved)
+    assert command([*argv, "--exit-interval", "2"]) == 0
+    assert command([*argv, "--global-batch-size", "8"]) == 0
+    found = [(line["iteration"], line["consumed_samples"], line["eta_seconds"] > 0) for line in records(tmp_path)]
+    assert found == [(3, 16, True), (5, 32, False)]
+    assert " iteration        5/       5 |" in capsys.readouterr().out
+
+
 # ---- damaged checkpoints ----
 
 
@@ -204,6 +215,15 @@ def test_a_disk_that_is_full_does_not_end_the_run(flags: Flags, whole: list, tmp
     assert "WARNING: not saved: iterations 4, 6, 8; exit code 74" in run.stdout
     assert untimed(tmp_path) == whole, "it trained to the end"
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["iter_0000002", TRACKER]
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    at_iteration(monkeypatch, 2, lambda: (tmp_path / "trace").write_text("in its place"))
+    argv = ["--profile", "--use-pytorch-profiler", "--profile-step-start", 1, "--profile-step-end", 2]
+    assert command(flags("--train-iters", 3, *argv, "--profile-dir", tmp_path / "trace")) == 0
+    assert f"{tmp_path / 'trace' / 'rank_0.json'} cannot be written" in caplog.text and len(losses(tmp_path)) == 3
 
 
 # ---- other jobs, and watchers ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -64,6 +66,33 @@ def test_a_killed_job_leaves_a_lock_that_is_taken_over_at_once(
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
     assert caplog.text.count("is stale (its process has ended)") == 1
     assert list(tmp_path.iterdir()) == [], "an orderly end leaves nothing"
+
+
+def test_without_record_locks_a_living_process_still_holds_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on Lustre mounted without them: where the process cannot be seen, the lock's time decides."""
+
+    def missing(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", missing)
+    with SaveLock(tmp_path) as lock:
+        for attempt in (lambda: SaveLock(tmp_path).__enter__(), lambda: check_lock(tmp_path)):
+            with pytest.raises(ValueError, match=f"written by process {os.getpid()} on "):
+                attempt()
+        held = json.loads(lock.path.read_text())
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    written(tmp_path, **(held | {"pid": ended.pid, "pids": "of another container"}))
+    with pytest.raises(ValueError, match=f"written by process {ended.pid} on "):
+        check_lock(tmp_path)
+    written(tmp_path, **(held | {"pid": ended.pid}))
+    with SaveLock(tmp_path):
+        assert "is stale (its process has ended)" in caplog.text
+    written(tmp_path, STALE_S + 5, **held)
+    check_lock(tmp_path)
 
 
 @pytest.mark.parametrize("age_s", [0.0, STALE_S / 2, -3600.0])

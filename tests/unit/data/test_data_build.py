@@ -223,6 +223,27 @@ def test_a_damaged_cache_is_refused_where_it_shows(prefix: str, name: str, chang
             train[index]
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dataset_index", lambda values: values + 2),
+        ("dataset_index", lambda values: values[:-1]),
+        ("dataset_sample_index", lambda values: values + 2**40),
+    ],
+)
+def test_a_damaged_cache_of_a_blend_is_refused(tmp_path: Path, name: str, change: Callable) -> None:
+    prefixes = [write_corpus(tmp_path / f"d{i}", [40] * 20) for i in range(2)]
+    config = train_config(16, data_path=("1", prefixes[0], "2", prefixes[1]), split="1")
+    build_datasets(config, BYTES, (50, 0, 0))
+    (file,) = (tmp_path / "cache" / "GPTDataset_indices").glob(f"*BlendedDataset*-{name}.npy")
+    values = np.load(file)
+    np.save(file, change(values).astype(values.dtype))
+    with pytest.raises(ValueError, match=r"the index cache of the train blend in \S+_indices is damaged: delete"):
+        train, *_ = build_datasets(config, BYTES, (50, 0, 0))
+        assert train is not None
+        train[0]
+
+
 def test_cache_folder_that_cannot_be_written(prefix: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused("cannot write the index cache in .*file/c .*--data-cache-path", (5, 0, 0), data_path=(prefix,),
