@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,49 @@ from megatron_hc.checkpoint_folder import (
 from megatron_hc.checkpoint_ranks import all_ranks, gather
 from megatron_hc.config.training import CheckpointConfig
 from megatron_hc.mesh import Mesh
-from megatron_hc.save_lock import SaveLock, check_lock
+from megatron_hc.save_lock import SaveLock, check_lock, job_and_attempt
+
+BEGINNING = ("load", "save", "ckpt_step", "finetune", "moe_use_upcycling", "load_optim", "load_rng")
+"""Flags that say where a run begins."""
+
+
+def going_on(options: CheckpointConfig, mesh: Mesh) -> CheckpointConfig:
+    """The flags themselves; where Slurm or torchrun has started this job again, those that go on with what it saved.
+
+    --load of another folder, --finetune or --ckpt-step say where the first attempt began: with them every further one
+    would throw away, and train again, what the one before had done.
+    """
+    resumed = dataclasses.replace(
+        options,
+        load=options.save,
+        ckpt_step=None,
+        finetune=False,
+        moe_use_upcycling=False,
+        load_optim=True,
+        load_rng=True,
+    )
+    is_own = False
+    with all_ranks(mesh):
+        if mesh.is_first and resumed != options:
+            is_own = _is_of_this_job(options)
+    return resumed if gather(is_own, mesh)[0] else options
+
+
+def _is_of_this_job(options: CheckpointConfig) -> bool:
+    """Whether an earlier attempt of this job, given the same flags, wrote the newest checkpoint under --save."""
+    job, attempt = job_and_attempt()
+    if options.save is None or job is None or not any(attempt):
+        return False
+    newest = find_if_any(options.save)
+    if newest is None:
+        return False
+    try:
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        arguments = json.loads((newest / "arguments.json").read_text(encoding="utf-8"))
+        flags = {name: arguments[name]["value"] for name in BEGINNING}
+        return bool(state.get("job") == job and flags == {name: getattr(options, name) for name in BEGINNING})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # of another version, or damaged: the load reports it
 
 
 def choose(options: CheckpointConfig, mesh: Mesh) -> Path | None:

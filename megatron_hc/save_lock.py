@@ -218,7 +218,7 @@ def _description(content: bytes) -> dict[str, Any]:
 
 
 def _self_description() -> dict[str, Any]:
-    job, attempt = _job()
+    job, attempt = job_and_attempt()
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
@@ -230,7 +230,7 @@ def _self_description() -> dict[str, Any]:
     }
 
 
-def _job() -> tuple[str | None, list[int]]:
+def job_and_attempt() -> tuple[str | None, list[int]]:
     """(what Slurm or torchrun calls this job, how often they have started it again)."""
     slurm, elastic = os.environ.get("SLURM_JOB_ID"), os.environ.get("TORCHELASTIC_RUN_ID")
     restarts = [_count("SLURM_RESTART_COUNT"), _count("TORCHELASTIC_RESTART_COUNT")]
@@ -245,7 +245,7 @@ def _count(name: str) -> int:
 
 
 def _is_earlier_attempt(held: Mapping[str, Any]) -> bool:
-    job, attempt = _job()
+    job, attempt = job_and_attempt()
     theirs = held.get("attempt")
     is_list = isinstance(theirs, list) and all(isinstance(count, int) for count in theirs)
     return job is not None and held.get("job") == job and is_list and theirs < attempt  # type: ignore[operator]

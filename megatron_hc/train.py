@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_hc import checkpoint
 from megatron_hc.backends import Fp8State, attach_backends, check_backends, checkpoint_of
-from megatron_hc.checkpoint_access import check_not_locked, choose, locked, newer_checkpoint
+from megatron_hc.checkpoint_access import check_not_locked, choose, going_on, locked, newer_checkpoint
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
 from megatron_hc.cpu_memory import keep_freed_memory
@@ -60,6 +61,7 @@ from megatron_hc.parallel.slots import expert_sharding_of, sharding_of
 from megatron_hc.parallel.straggler import ranks_by_host, straggler_report
 from megatron_hc.place import explain, place_of
 from megatron_hc.residual_stats import Stats, measure
+from megatron_hc.save_lock import job_and_attempt
 from megatron_hc.signals import StopRequest
 from megatron_hc.spikes import SpikeWatch
 from megatron_hc.state import from_dense, gather_state, is_dense, model_tensors, restore_state, training_tensors
@@ -179,6 +181,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
         check_not_locked(config.checkpoint.save, mesh)
+    config = dataclasses.replace(config, checkpoint=going_on(config.checkpoint, mesh))
     check_kernels(config, mesh)
     tokenizer = tokenizer_of(config.data)
     model = build_model(config, tokenizer.vocab_size, mesh, checkpoint_of(config))
@@ -205,9 +208,11 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     datasets = build_datasets(config, tokenizer, num_samples(config, batches))  # writes index caches: comes last
     check_enough_samples(config, batches, progress, datasets[0])
     logger.say(explain(place_of()))
-    logger.say(describe(config, parsed.origins))
+    logger.say(describe(parsed.config, parsed.origins))
     if config.checkpoint.load is not None and source is None:
         logger.say(f"--load {config.checkpoint.load} holds no checkpoint yet: the run begins anew")
+    if config.checkpoint != parsed.config.checkpoint:
+        logger.say(f"started again: going on from {source}, not from where the flags let the first attempt begin")
     if mesh.is_first and (newest := newer_checkpoint(config.checkpoint.save, progress.iteration)) is not None:
         logger.say(
             f"WARNING: --save {config.checkpoint.save} holds a checkpoint of iteration {newest}, and this run begins "
@@ -227,7 +232,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         compile_layers(model, config.parallel, mesh)
     run = Run(
         config=config,
-        arguments=dump(config, parsed.origins),
+        arguments=dump(parsed.config, parsed.origins),
         mesh=mesh,
         tokenizer=tokenizer,
         model=model,
@@ -578,7 +583,7 @@ def save(run: Run) -> None:
             progress.iteration,
             training_tensors(run.model, run.placed, run.optimizer, with_optimizer=options.save_optim)
             | (run.fp8_state.tensors() if options.save_optim else {}),
-            state | {"logger": run.logger.state(), "spikes": run.spikes.state()},
+            state | {"logger": run.logger.state(), "spikes": run.spikes.state(), "job": job_and_attempt()[0]},
             run.arguments,
             retain_interval=options.save_retain_interval,
         )

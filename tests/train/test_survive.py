@@ -133,6 +133,29 @@ def test_the_last_line_of_a_run_whose_batch_has_grown(licence: str, tmp_path: Pa
     assert " iteration        5/       5 |" in capsys.readouterr().out
 
 
+def test_a_job_started_again_goes_on_with_what_it_saved(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """--finetune and --load of another folder are for its first attempt; for another job's, its own."""
+    assert command(flags("--exit-interval", 2)) == 0
+
+    def tune(name: str, job: str, attempt: int, *extra: object) -> str:
+        for variable, value in (("RUN_ID", job), ("RESTART_COUNT", str(attempt))):
+            monkeypatch.setenv(f"TORCHELASTIC_{variable}", value)
+        saved = ["--save", tmp_path / name, "--metrics-jsonl", tmp_path / name / "metrics.jsonl"]
+        assert command(flags("--finetune", *saved, *extra)) == 0
+        return capsys.readouterr().out
+
+    tune("whole", "one", 0)
+    tune("tuned", "two", 0, "--exit-interval", 4)
+    line = f"started again: going on from {tmp_path / 'tuned' / 'iter_0000004'}, not from "
+    assert line in tune("tuned", "two", 1, "--exit-interval", 6)
+    assert line.replace("iter_0000004", "iter_0000006") in tune("tuned", "two", 2)
+    assert untimed(tmp_path / "tuned") == untimed(tmp_path / "whole")
+    for job, attempt, extra in (("two", 0, ()), ("three", 1, ()), ("three", 2, ("--no-load-rng",))):
+        assert "started again" not in tune("tuned", job, attempt, *extra)
+
+
 # ---- damaged checkpoints ----
 
 
