@@ -8,6 +8,7 @@ from megatron_hc.data.tokenizer import Tokenizer
 
 WINDOW = 8  # tokens before the new ones that a tokenizer needs to see: spaces and bytes depend on their neighbours
 HALF = "\ufffd"  # what stands for bytes that are not a character, or not yet
+MOST_HALVES = 3  # of a character of four bytes that lacks its last one
 
 
 class TextWriter:
@@ -21,8 +22,8 @@ class TextWriter:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.is_stopped = False
         """A stop string has come: nothing will follow."""
-        self._window = list(prompt[-WINDOW:])
-        self._shown = tokenizer.detokenize(self._window).rstrip(HALF)
+        self._window = _end_of(tokenizer, prompt)
+        self._shown = _whole_part(tokenizer, self._window)
         self._held = ""
         self._num_waiting = 0  # tokens whose text has not been given
 
@@ -33,11 +34,14 @@ class TextWriter:
         self._num_waiting += 1
         if text.endswith(HALF) and self._num_waiting < WINDOW:
             return ""
-        self._num_waiting = 0
-        new, self._shown = text[len(self._shown) :], text
+        # The last ones of bytes that are no character may still be the beginning of one.
+        halves = _halves(text)
+        new = self._beyond_shown(text, halves)
+        self._num_waiting = halves
         if len(self._window) >= 4 * WINDOW:
-            self._window = self._window[-WINDOW:]
-            self._shown = self.tokenizer.detokenize(self._window)
+            self._window = _end_of(self.tokenizer, self._window)
+            text = self.tokenizer.detokenize(self._window)
+        self._shown = text[: len(text) - min(halves, _halves(text))]
         return self._certain(new)
 
     def finish(self) -> str:
@@ -45,12 +49,20 @@ class TextWriter:
         if self.is_stopped:
             return ""
         text = self.tokenizer.detokenize(self._window)
-        certain = self._certain(text[len(self._shown) :])
-        self._shown = text
+        certain = self._certain(self._beyond_shown(text, 0) if self._num_waiting else "")
+        self._shown, self._num_waiting = text, 0
         if self.is_stopped:
             return certain
         held, self._held = self._held, ""
         return certain + held
+
+    def _beyond_shown(self, text: str, halves: int) -> str:
+        """What ``text``, of the window, has beyond what was given, without so many ``halves`` at its end."""
+        if text.startswith(self._shown):
+            return text[len(self._shown) : len(text) - halves]
+        # A byte that fits nothing makes no character of a whole run of bytes in some tokenizers: of the new ones alone.
+        new = self.tokenizer.detokenize(self._window[-self._num_waiting :])
+        return new[: len(new) - halves]
 
     def _certain(self, new: str) -> str:
         text, self._held = self._held + new, ""
@@ -67,3 +79,30 @@ class TextWriter:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that begins ``stop``."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _halves(text: str) -> int:
+    """How much of the end of ``text`` may become a character."""
+    return min(len(text) - len(text.rstrip(HALF)), MOST_HALVES)
+
+
+def _end_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    """The last tokens, about ``WINDOW``, of which the first one begins a character.
+
+    That matters: tokenizers that spell characters as bytes may decode a run of bytes as a whole, or as no character.
+    """
+    last = max(len(tokens) - WINDOW, 0)
+    starts = range(last, max(last - MOST_HALVES, 0) - 1, -1)
+
+    def halves(start: int) -> int:
+        # The end may lie inside of a character, too.
+        ends = range(max(len(tokens) - MOST_HALVES, start), len(tokens) + 1)
+        return min(tokenizer.detokenize(tokens[start:end]).count(HALF) for end in ends)
+
+    return list(tokens[min(starts, key=halves) :])
+
+
+def _whole_part(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of the tokens without a character at the end that lacks bytes."""
+    texts = (tokenizer.detokenize(tokens[: len(tokens) - lacking]) for lacking in range(MOST_HALVES + 1))
+    return next((text for text in texts if not text.endswith(HALF)), tokenizer.detokenize(tokens).rstrip(HALF))

@@ -11,7 +11,7 @@ from cases import Case, main_cases
 from helpers import VOCAB, build, randomise, small_config
 
 from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
-from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer
+from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_hc.inference import Decoder, Engine, Request, TextWriter
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.generate import Sampling, choose, generate
@@ -191,6 +191,47 @@ def test_bytes_that_are_no_character_do_not_stop_the_text() -> None:
     parts = [writer.add(0xFF) for _ in range(100)] + [writer.add(66), writer.finish()]
     assert "".join(parts) == "\ufffd" * 100 + "B"
     assert sum(map(len, parts[:99])) > 80, "they are not held back for ever"
+
+
+def test_random_bytes_are_the_text_of_all_of_them() -> None:
+    """Beginnings of characters among them, which later bytes finish or do not."""
+    numbers = random.Random(1)
+    for _ in range(200):
+        tokens = [numbers.choice((*"é中😀".encode(), 0xFF, 65)) for _ in range(numbers.randrange(1, 80))]
+        writer = TextWriter(ByteTokenizer(), [65])
+        parts = [writer.add(token) for token in tokens]
+        assert "".join(parts) + writer.finish() == bytes(tokens).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def llama2_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """What is not in its vocabulary is spelled in bytes; a run of them is decoded as a whole or not at all."""
+    library = pytest.importorskip("tokenizers")
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdefgh."]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    model = library.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    tokenizer, decoders = library.Tokenizer(model), library.decoders
+    tokenizer.normalizer = library.normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return build_tokenizer("HuggingFaceTokenizer", str(path))
+
+
+def test_a_long_run_of_bytes(llama2_like: Tokenizer) -> None:
+    """Wherever the prompt ends, also inside of a character; a prompt of which the last tokens are such a run."""
+    text = "a bc 中文字符测试中文字符测试é中文字符测试😀文字符测试中文字符 ha. 中文 d" * 2
+    tokens = llama2_like.tokenize(text)
+    for length in range(1, len(tokens)):
+        writer = TextWriter(llama2_like, tokens[:length])
+        parts = [writer.add(token) for token in tokens[length:]] + [writer.finish()]
+        shown = (llama2_like.detokenize(tokens[: length - lacking]) for lacking in range(4))
+        assert next(part for part in shown if text.startswith(part)) + "".join(parts) == text
+    writer = TextWriter(llama2_like, llama2_like.tokenize("中"))
+    parts = [writer.add(token) for token in llama2_like.tokenize("文")[:2]]
+    assert "".join(parts) + writer.finish() == "\ufffd" * 2, "the character before stays one"
 
 
 @pytest.mark.parametrize(
