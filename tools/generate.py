@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_hc.inference.options import add_model_arguments, load_with
-from megatron_hc.launch import one_voice
+from megatron_hc.launch import one_voice, place_of
 
 if TYPE_CHECKING:
     from megatron_hc.data.tokenizer import Tokenizer
@@ -43,7 +43,8 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompt_file is not None:
         try:
-            lines = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
+            # Not splitlines: U+2028 and others that it takes for ends of lines may stand in a JSON string.
+            lines = Path(arguments.prompt_file).read_text(encoding="utf-8").split("\n")
             prompts += [json.loads(line) for line in lines if line.strip()]
         except (OSError, ValueError) as error:
             raise ValueError(f"--prompt-file {arguments.prompt_file} cannot be read: {error}") from error
@@ -56,6 +57,15 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {arguments.batch_size}")
     return prompts
+
+
+def check_output(output: str | None) -> None:
+    """Refuse a file that could not be written, before texts are."""
+    if output is None or place_of().rank > 0:  # the first process writes it
+        return
+    folder = Path(output).absolute().parent
+    if Path(output).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"--output {output} cannot be written: name a file in a folder that is there and is yours")
 
 
 def show_streaming(engine: Engine, prompts: Sequence[str], requests: Sequence[Request]) -> None:
@@ -162,6 +172,7 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     with one_voice("generate.py"):
+        check_output(arguments.output)
         run(arguments, prompts_of(arguments))
     return 0
 

@@ -84,6 +84,8 @@ def test_a_text_longer_than_the_positions_is_refused(
         (["--prompt", ""], "the prompt has no tokens"),
         ([], "no prompt: give --prompt TEXT"),
         (["--prompt-file", "nowhere"], "--prompt-file nowhere cannot be read"),
+        (["--prompt", "x", "--output", "nowhere/texts.jsonl"], "--output nowhere/texts.jsonl cannot be written"),
+        (["--prompt", "x", "--output", "."], r"--output \. cannot be written: name a file"),
         (["--prompt", "x", "--stop", ""], "--stop needs text"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--prompt", "x", "--tensor-model-parallel-size", "2"], "must divide the number of processes"),
@@ -111,6 +113,14 @@ def test_an_earlier_checkpoint_writes_something_else(
     early = capsys.readouterr().out
     assert tool.main(argv) == 0
     assert capsys.readouterr().out != early
+
+
+def test_what_looks_like_the_end_of_a_line_in_a_prompt(tool: ModuleType, tmp_path: Path) -> None:
+    """JSON allows it in a string as it is, and most programs write it so."""
+    prompts = ["one\u2028two", "three\u0085", "four\r\n"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(prompt, ensure_ascii=False) for prompt in prompts), encoding="utf-8")
+    assert tool.prompts_of(tool.parse_arguments(["--load", "x", "--prompt-file", str(file)])) == prompts
 
 
 def test_many_prompts_to_a_file(tool: ModuleType, plain: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
