@@ -110,7 +110,7 @@ def parse_completion(body: Any, tokenizer: Tokenizer, limits: Limits, model_name
         for prompt, _ in prompts
         for index in range(number)
     ]
-    options = body.get("stream_options") or {}
+    options = {} if body.get("stream_options") is None else body["stream_options"]
     if not isinstance(options, dict) or set(options) - {"include_usage"}:
         raise BadRequest("stream_options knows include_usage only", param="stream_options")
     return Completion(

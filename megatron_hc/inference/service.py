@@ -120,6 +120,8 @@ class Service:
         """Accept all of these or none. Raises ``QueueFull``, ``Failed``, and ``ValueError`` for a wrong request."""
         for request in requests:
             self.engine.check(request)
+        if len(requests) > self.max_waiting:  # to come back later would be of no use
+            raise ValueError(f"{len(requests)} texts at once are more than the queue has room for ({self.max_waiting})")
         loop = asyncio.get_running_loop()
         with self._changed:
             if self.error is not None or self._ends:

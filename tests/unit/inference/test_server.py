@@ -190,6 +190,9 @@ def test_beyond_the_queue_is_told_to_come_back() -> None:
         page = httpx.get(f"{server.url}/metrics").text
         assert f'megatron_hc_http_answers_total{{status="429"}} {float(statuses.count(429))}' in page
         assert f'megatron_hc_http_answers_total{{status="200"}} {float(statuses.count(200))}' in page
+        never = server.post({"prompt": "a", "n": 7})
+        assert never.status_code == 400 and "7 texts at once are more than" in never.json()["error"]["message"]
+        assert server.post({"prompt": "a", "n": 6, "max_tokens": 1}).status_code == 200
         again = asyncio.run(many(server, 24, retries=400))
         assert [status for status, _, _ in again] == [200] * 24 and any(tried for _, tried, _ in again)
 
@@ -206,7 +209,8 @@ WRONG: list[Any] = [
     {"prompt": "a", "stop": ["x"] * 17}, {"prompt": "a", "stop": {"x": 1}}, {"prompt": "a", "stream": 1},
     {"prompt": "a", "stream": "yes"}, {"prompt": "a", "logprobs": 999}, {"prompt": "a", "logprobs": 1, "echo": True},
     {"prompt": "a", "suffix": "x"}, {"prompt": "a", "best_of": 2}, {"prompt": "a", "logit_bias": {"1": 5}},
-    {"prompt": "a", "presence_penalty": 0.5}, {"prompt": "a", "stream_options": 3}, {"prompt": "a", "nonsense": 1},
+    {"prompt": "a", "presence_penalty": 0.5}, {"prompt": "a", "stream_options": 3},
+    {"prompt": "a", "stream_options": 0}, {"prompt": "a", "stream_options": ""}, {"prompt": "a", "nonsense": 1},
     {"prompt": "a", "model": 5}, {"prompt": "x" * 9000}, {"prompt": "a", "temperature": 10**400},
 ]  # fmt: skip
 
