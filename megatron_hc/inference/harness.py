@@ -246,10 +246,11 @@ class HarnessModel:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         stop, max_new_tokens = wanted.pop("until"), int(wanted.pop("max_gen_toks"))
         is_drawn, temperature = wanted.pop("do_sample", False), wanted.pop("temperature", None)
+        top_p = wanted.pop("top_p", None)
         sampling = Sampling(
             temperature=(1.0 if temperature is None else float(temperature)) if is_drawn else 0.0,
             top_k=int(wanted.pop("top_k", None) or 0),
-            top_p=float(wanted.pop("top_p", None) or 1.0),
+            top_p=1.0 if top_p is None else float(top_p),
             seed=int(wanted.pop("seed", 1234)) + number,
         )
         if wanted:

@@ -72,6 +72,8 @@ def test_writing(checkpoint: Path) -> None:
     drawn = {**options, "do_sample": True, "temperature": 0.9, "top_k": 7}
     texts = model.generate_until([asked("You may", options), asked("You may", drawn), asked("x" * 90, options)])
     assert texts[0] == expected and texts[1] != expected and texts[2]
+    with pytest.raises(ValueError, match=r"--top-p must be in \(0, 1\], not 0.0"):
+        model.generate_until([asked("You may", {**drawn, "top_p": 0})])
     with pytest.raises(ValueError, match="generation arguments beams are not known here"):
         model.generate_until([asked("You may", {**options, "beams": 3})])
 
