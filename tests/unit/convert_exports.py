@@ -25,6 +25,10 @@ def check(folder: Path) -> dict[str, Any]:
         mask = torch.tensor([[0] * 3 + [1] * 5])
         shifted = model(padded, attention_mask=mask).logits[:, 3:]
         alone = model(tokens[:1, :5]).logits
+        seen = torch.ones(8, 8, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+        added = torch.zeros(1, 1, 8, 8).masked_fill(~seen, float("-inf"))
+        positions = {"position_ids": torch.tensor([[0] * 3 + [0, 1, 2, 3, 4]])}
+        masked = torch.stack([model(padded, attention_mask=own, **positions).logits[:, 3:] for own in (seen, added)])
         # What Trainer adds up over micro-batches: each is given the number of labels of all.
         whole = model(tokens, labels=tokens).loss
         count = tokens[:, 1:].numel()
@@ -34,13 +38,22 @@ def check(folder: Path) -> dict[str, Any]:
         options |= {"return_dict_in_generate": True, "output_logits": True}
         cached = model.generate(tokens[:, :5], **options)
         uncached = model.generate(tokens[:, :5], use_cache=False, **options)
-    steps = zip(cached.logits, uncached.logits, strict=True)
+        static = model.generate(tokens[:, :5], cache_implementation="static", **options)
+    refusals = []
+    for name in ("output_attentions", "output_hidden_states"):
+        try:
+            model(tokens, **{name: True})
+        except ValueError as error:
+            refusals.append(str(error))
+    steps = [*zip(cached.logits, uncached.logits, strict=True), *zip(static.logits, uncached.logits, strict=True)]
     return {
         "error": float((logits - expected["logits"]).abs().max()),
         "loss": float((sum(parts) - whole).abs()),
-        "padding": float((shifted - alone).abs().max()),
+        "padding": max(float((shifted - alone).abs().max()), float((masked - alone).abs().max())),
+        "tuple": bool(model(tokens, return_dict=False)[0].equal(model(tokens).logits)),
         "cache": max(float((a - b).abs().max()) for a, b in steps),
         "unset": bool(fresh(tokens).logits.isnan().all()),
+        "refusals": refusals,
         "same_text": bool(cached.sequences.equal(uncached.sequences)),
         "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "dtypes": sorted({str(p.dtype) for p in model.parameters()}),

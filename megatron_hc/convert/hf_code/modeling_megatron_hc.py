@@ -826,7 +826,9 @@ class Attention(nn.Module):
         # Without values of its own a layer caches none; V_1 of the whole text comes from the first layer's cache.
         v = k[..., :0] if own is None else self.value_residual.mix(own, values, parts.get("gate"))
         if cache is not None:
-            k, v = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer))
+            # A static cache gives back all that it has room for.
+            T = int(cache.get_seq_length(self.layer)) + k.shape[1]
+            k, v = (t.transpose(1, 2)[:, :T] for t in cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer))
         if own is None:
             v = values[0]
         q, k, v_used = (t.transpose(1, 2) for t in (q, k, v))
@@ -1057,10 +1059,10 @@ class MegatronHCModel(MegatronHCPreTrainedModel):
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None
     ) -> Tensor:
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        S, past = hidden.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+        S, past = hidden.shape[1], 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if position_ids is None:
             position_ids = torch.arange(past, past + S, device=hidden.device).unsqueeze(0)
-            if attention_mask is not None:  # padding on the left does not count
+            if attention_mask is not None and attention_mask.dim() == 2:  # padding on the left does not count
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -S:]
         if self.position_embedding is not None:
             hidden = hidden + self.position_embedding(position_ids)
@@ -1074,8 +1076,11 @@ class MegatronHCModel(MegatronHCPreTrainedModel):
 
 
 def attention_mask_of(given: Tensor | None, S: int, past: int, device) -> Tensor | None:
-    """[B, T] with 0 at padding -> [B or 1, 1, S, T], true where a query sees a key; None: causal is enough."""
-    is_full = given is None or bool(given.all())
+    """[B, T] with 0 at padding -> [B or 1, 1, S, T], true where a query sees a key; None: causal is enough.
+
+    ``given`` may be [B, 1, S, T or more] of its own: booleans, or what is added to the scores.
+    """
+    is_full = given is None or (given.dim() == 2 and bool(given.all()))
     if is_full and (past == 0 or S == 1):
         return None
     T = past + S
@@ -1084,6 +1089,8 @@ def attention_mask_of(given: Tensor | None, S: int, past: int, device) -> Tensor
         return causal[None, None]
     # Padding sees itself: a row without any key would be NaN.
     own = torch.eye(S, T, dtype=torch.bool, device=device).roll(past, 1)
+    if given.dim() == 4:
+        return (given if given.dtype == torch.bool else given == 0)[..., :T] | own
     return (causal & given[:, None, None, :T].bool()) | own
 
 
@@ -1125,6 +1132,9 @@ class MegatronHCForCausalLM(MegatronHCPreTrainedModel, GenerationMixin):
         num_items_in_batch=None,  # Trainer: labels of all micro-batches of a step, whose losses it adds up
         **kwargs,
     ):
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not offered by this model: leave it out")
         past_key_values = cache if past_key_values is None else past_key_values
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
@@ -1140,4 +1150,5 @@ class MegatronHCForCausalLM(MegatronHCPreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction=how)
             if num_items_in_batch is not None:
                 loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past_key_values})
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past_key_values})
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
