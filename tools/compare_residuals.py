@@ -18,6 +18,7 @@ matplotlib, compare.png from what is done.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import shlex
@@ -109,9 +110,13 @@ def tasks_of(options: argparse.Namespace, shared: Sequence[str]) -> list[Task]:
     names = [name for name, _ in methods]
     if len({*names}) < len(names):
         raise ValueError(f"--methods has a name twice ({', '.join(names)}): write NAME=FLAGS with names of your own")
-    given = [flag for flag in OWN if flag in shared]
+    given = own_flags(shared)
     if given:
         raise ValueError(f"{', '.join(given)} behind -- {'is' if len(given) == 1 else 'are'} set by the comparison")
+    for name, flags in methods:
+        given = [flag for flag in own_flags(flags[2:]) if flag != "--residual-connection"]
+        if given:
+            raise ValueError(f"{', '.join(given)} of method {name} cannot be its own: the comparison sets it for all")
     if options.seeds < 1 or not 0 <= options.min_lr_ratio <= 1 or len({*options.lrs}) < len(options.lrs):
         raise ValueError("--seeds must be at least 1, --min-lr-ratio in [0, 1], and no rate of --lrs given twice")
     found = []
@@ -124,7 +129,17 @@ def tasks_of(options: argparse.Namespace, shared: Sequence[str]) -> list[Task]:
                 safe = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
                 folder = options.output / "runs" / f"{safe}-lr{lr:g}-seed{seed}"
                 found.append(Task(name, lr, seed, words, folder))
+    folders = [task.folder.name for task in found]
+    twice = next((name for name in folders if folders.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two of the runs would share the folder {twice}: give methods names of other letters")
     return found
+
+
+def own_flags(words: Sequence[str]) -> list[str]:
+    """Those of ``OWN``, also where a value is joined to them by =."""
+    given = {word.partition("=")[0] for word in words}
+    return [flag for flag in OWN if flag in given]
 
 
 def data_flags(options: argparse.Namespace) -> list[str]:
@@ -164,7 +179,7 @@ def check(tasks: Sequence[Task], options: argparse.Namespace) -> None:
 
 def write_data(options: argparse.Namespace) -> None:
     """The text as two byte datasets, once."""
-    if options.input is None or (options.output / "data" / "valid.idx").exists():
+    if options.input is None:
         return
     try:
         text = options.input.read_bytes()
@@ -172,12 +187,19 @@ def write_data(options: argparse.Namespace) -> None:
         raise ValueError(f"--input {options.input} cannot be read: {error.strerror}") from error
     if len(text) < 1000:
         raise ValueError(f"--input {options.input} has {len(text)} bytes, too few to learn from")
+    digest, record = hashlib.sha256(text).hexdigest(), options.output / "data" / "text.sha256"
+    if (options.output / "data" / "valid.idx").exists():
+        if record.exists() and record.read_text(encoding="utf-8") != digest:
+            raise ValueError(
+                f"{options.output} has data of another text than --input {options.input}: name another folder"
+            )
+        return
     import numpy as np
 
     from megatron_hc.data import IndexedDatasetWriter
 
     cut = len(text) * 9 // 10
-    (options.output / "data").mkdir(parents=True, exist_ok=True)
+    write(record, lambda beside: beside.write_text(digest, encoding="utf-8"))
     for name, part in (("train", text[:cut]), ("valid", text[cut:])):
         with IndexedDatasetWriter(str(options.output / "data" / name), "uint16") as writer:
             writer.add_document(np.frombuffer(part, dtype=np.uint8).astype(np.uint16))

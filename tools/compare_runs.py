@@ -82,14 +82,16 @@ def read_metrics(name: str, folder: Path) -> Run:
     checked = {record["iteration"]: record for record in records if "lm_loss_validation" in record}
     if not trained:
         raise ValueError(f"{file} holds no training loss: train longer than --log-interval")
-    tokens = {iteration: record["consumed_tokens"] for iteration, record in trained.items()}
-    per_iteration = max(tokens.values()) / max(tokens)
+    for kind, found in (("lm_loss", trained), ("lm_loss_validation", checked)):
+        broken = next((iteration for iteration, record in found.items() if record[kind] is None), None)
+        if broken is not None:
+            raise ValueError(f"{file}: {kind} of iteration {broken} is not finite: a run that diverged has no curve")
     # The first lines include what is done once.
     speeds = [r["tokens_per_second"] for r in list(trained.values())[1:] or trained.values() if r["tokens_per_second"]]
     return Run(
         name,
-        [(tokens[iteration], record["lm_loss"]) for iteration, record in trained.items()],
-        [(iteration * per_iteration, record["lm_loss_validation"]) for iteration, record in checked.items()],
+        [(record["consumed_tokens"], record["lm_loss"]) for record in trained.values()],
+        [(record["consumed_tokens"], record["lm_loss_validation"]) for record in checked.values()],
         statistics.median(speeds) if speeds else float("nan"),
         max(record["memory_bytes"] for record in trained.values()),
     )

@@ -90,9 +90,12 @@ def read_result(folder: Path, name: str, lr: float, seed: int, diverged: bool) -
     """A run from its metrics; of an iteration that occurs twice, the later record."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = {r["iteration"]: r for r in records if "lm_loss" in r}
-    checked = {r["iteration"]: r["lm_loss_validation"] for r in records if "lm_loss_validation" in r}
-    per_iteration = max(r["consumed_tokens"] / i for i, r in trained.items()) if trained else 0.0
-    losses = [r["lm_loss"] if r["lm_loss"] is not None else math.inf for r in trained.values()]
+    checked = {r["iteration"]: r for r in records if "lm_loss_validation" in r}
+
+    def or_infinite(loss: float | None) -> float:
+        return math.inf if loss is None else loss
+
+    losses = [or_infinite(r["lm_loss"]) for r in trained.values()]
     late = [r for i, r in trained.items() if i > max(trained) / 10]
     return Result(
         name,
@@ -100,7 +103,7 @@ def read_result(folder: Path, name: str, lr: float, seed: int, diverged: bool) -
         seed,
         diverged,
         [(r["consumed_tokens"], loss) for r, loss in zip(trained.values(), losses, strict=True)],
-        [(i * per_iteration, loss) for i, loss in checked.items()],
+        [(r["consumed_tokens"], or_infinite(r["lm_loss_validation"])) for r in checked.values()],
         statistics.median(r["seconds_per_iteration"] for r in late) if late else math.nan,
         max((r["memory_bytes"] for r in trained.values()), default=math.nan),
         max((r["grad_norm"] if r["grad_norm"] is not None else math.inf for r in late), default=math.nan),

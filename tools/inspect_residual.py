@@ -109,6 +109,8 @@ def tokens_of(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> 
         raise ValueError(f"--samples ({options.samples}) must be at least 1")
     if options.input is None:
         ids = list(tokenizer.tokenize(options.prompt))
+        if len(ids) >= length:
+            raise ValueError(f"--prompt has {len(ids)} tokens, which fill a training sample ({length}): shorten it")
         new = generate(model, ids, length - len(ids), Sampling(top_p=0.95), eod=tokenizer.eod)
         ids += new
     else:

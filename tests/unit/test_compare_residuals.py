@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import math
 import re
 import sys
@@ -41,6 +42,20 @@ def result(name: str, seed: int, loss: float, lr: float = 1e-3, **changes: objec
 
 
 # Statistics
+
+
+def test_a_run_is_read(tmp_path: Path) -> None:
+    """With batches that grow; a validation that was not finite is the worst there is."""
+    same = {"seconds_per_iteration": 1.0, "memory_bytes": 5, "grad_norm": 1.0}
+    lines = [
+        {"iteration": 1, "consumed_tokens": 100, "lm_loss": 8.0, **same},
+        {"iteration": 1, "consumed_tokens": 100, "lm_loss_validation": 7.5},
+        {"iteration": 3, "consumed_tokens": 600, "lm_loss": 6.0, **same},
+        {"iteration": 3, "consumed_tokens": 600, "lm_loss_validation": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = reports.read_result(tmp_path, "a", 1e-3, 1, diverged=False)
+    assert run.curve == [(100, 8.0), (600, 6.0)] and run.validation == [(100, 7.5), (600, math.inf)]
 
 
 def test_interval_is_students() -> None:
@@ -140,6 +155,9 @@ SHARED = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length
         (["--methods", "plain", "plain"], "--methods has a name twice"),
         (["--methods", "="], "must be NAME or NAME=CONNECTION AND FLAGS"),
         (["--methods", "plain", "--", "--lr", "1"], "--lr behind -- is set by the comparison"),
+        (["--methods", "plain", "--", "--lr=1"], "--lr behind -- is set by the comparison"),
+        (["--methods", "plain", "x=hyper --seed 3"], "--seed of method x cannot be its own"),
+        (["--methods", "hyper 4=hyper", "hyper_4=plain"], "would share the folder hyper_4-lr0.001-seed1"),
         (["--methods", "plain", "--seeds", "0"], "--seeds must be at least 1"),
         (["--methods", "plain", "--task", "3"], r"--task \(3\) must be in 0 .. 2"),
         (["--methods", "plain", "hypr", "--", "--num-layers", "1"], "method plain: "),
@@ -175,6 +193,11 @@ def test_runs_resumes_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         compare.main(arguments.replace("--TASK", "").replace("--train-iters 6", "--train-iters 7").split())
     assert "holds runs with other flags" in capfd.readouterr().err
+    other = tmp_path / "other.txt"
+    other.write_text("Whether 'tis nobler in the mind to suffer. " * 100)
+    with pytest.raises(SystemExit):
+        compare.main(arguments.replace("--TASK", "--report").replace(str(text), str(other)).split())
+    assert "has data of another text" in capfd.readouterr().err
     page = tmp_path / "residual.html"
     assert inspect.main([str(folder), "--input", str(text), "--output", str(page), "--samples", "4"]) == 0
     checker = Checker()
@@ -193,3 +216,6 @@ def test_runs_resumes_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         inspect.main([str(folder), "--input", "/nowhere", "--output", str(page)])
     assert "--input /nowhere cannot be read" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        inspect.main([str(folder), "--prompt", "x" * 16, "--output", str(page)])
+    assert "--prompt has 16 tokens, which fill a training sample (16)" in capfd.readouterr().err

@@ -145,11 +145,17 @@ def test_metrics_are_read(compare: ModuleType, tmp_path: Path) -> None:
         {"iteration": i, "lm_loss": 9.0 - i, "consumed_tokens": 100 * i, "tokens_per_second": s, "memory_bytes": i}
         for i, s in ((1, 1.0), (2, 50.0), (2, 70.0), (3, 90.0))
     ]
-    lines += [{"iteration": 3, "lm_loss_validation": 6.5}]
+    lines[1:] = [{**line, "consumed_tokens": line["consumed_tokens"] + 100} for line in lines[1:]]  # larger batches
+    for iteration, tokens, loss in ((1, 100, 7.5), (3, 400, 6.5)):
+        lines.append({"iteration": iteration, "consumed_tokens": tokens, "lm_loss_validation": loss})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = compare.read_metrics("a", tmp_path)
-    assert run.curve == [(100, 8.0), (200, 7.0), (300, 6.0)] and run.validation == [(300.0, 6.5)]
+    assert run.curve == [(100, 8.0), (300, 7.0), (400, 6.0)] and run.validation == [(100, 7.5), (400, 6.5)]
     assert run.tokens_per_second == 80.0 and run.memory_bytes == 3 and run.final_loss == 6.5
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "consumed_tokens": 500, "lm_loss_validation": null}\n')
+    with pytest.raises(ValueError, match="lm_loss_validation of iteration 4 is not finite"):
+        compare.read_metrics("a", tmp_path)
 
 
 def test_compare_refuses(compare: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
