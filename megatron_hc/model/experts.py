@@ -118,6 +118,25 @@ def combine(y: Tensor, rows: Rows, k: int) -> Tensor:
     return _Combine.apply(y, rows, k)
 
 
+class _RowsOfOwners(torch.autograd.Function):
+    """[E, out] -> [N, out], the row of each one's owner [N].
+
+    The gradient is a product, which adds in fp32; autograd's own would round an expert's sum to bf16 at each row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owners: Tensor) -> Tensor:
+        ctx.save_for_backward(owners)
+        ctx.num_owners = x.shape[0]
+        return x.index_select(0, owners)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (owners,) = ctx.saved_tensors
+        numbers = torch.arange(ctx.num_owners, device=owners.device)
+        return (numbers.unsqueeze(1) == owners).to(grads[0].dtype) @ grads[0], None
+
+
 def weights_of_rows(weights: Tensor, rows: Rows) -> Tensor:
     """Weights [T, k] -> [N], zero in rows without a pair."""
     return dispatch(weights.reshape(-1, 1), rows, 1).squeeze(1)
@@ -189,7 +208,8 @@ class ExpertMatrix(nn.Module):
         assert self.bias is not None
         ends, rows = counts.cumsum(0), torch.arange(num_rows, device=counts.device)
         owners = torch.searchsorted(ends, rows, right=True).clamp(max=counts.shape[0] - 1)
-        return self.bias.view(counts.shape[0], -1)[owners].masked_fill((rows >= ends[-1]).unsqueeze(-1), 0.0)
+        biases = _RowsOfOwners.apply(self.bias.view(counts.shape[0], -1), owners)
+        return biases.masked_fill((rows >= ends[-1]).unsqueeze(-1), 0.0)
 
 
 class Experts(nn.Module):

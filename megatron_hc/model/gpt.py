@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_hc.config import ModelConfig
 from megatron_hc.kernels.cross_entropy import WHOLE, VocabShard, chunk_logits, linear_cross_entropy, token_scores
+from megatron_hc.kernels.embedding import embedded
 from megatron_hc.model.attention import Context
 from megatron_hc.model.cache import Caches, LayerCache, Span
 from megatron_hc.model.dropout import hidden_dropout
@@ -44,7 +44,7 @@ class VocabTable(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, S] -> [S, B, C]"""
-        return F.embedding(tokens.t(), self.weight)
+        return embedded(tokens.t(), self.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, B, C] -> [S, B, vocab_size] in at least fp32."""
@@ -97,7 +97,7 @@ class PositionTable(nn.Module):
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """[B or 1, S] -> [S, B or 1, C]"""
-        return F.embedding(position_ids.t(), self.weight)
+        return embedded(position_ids.t(), self.weight)
 
     def initial(self, name: str, draw: Draw) -> Tensor:
         return draw("", tuple(self.weight.shape), self.std)

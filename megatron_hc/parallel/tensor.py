@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_hc.kernels.cross_entropy import VocabShard, chunk_logits, linear_cross_entropy
+from megatron_hc.kernels.embedding import embedded
 from megatron_hc.kernels.norm import promote
 from megatron_hc.model.gpt import PositionTable, VocabTable
 from megatron_hc.model.linear import Linear, NormLayer
@@ -123,7 +123,7 @@ class VocabParallelTable(VocabTable):
         """[B, S] -> [S, B, C], or [S / tp, B, C] under sequence parallelism."""
         rows = tokens.t() - self.shard.first_row
         is_elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
-        hidden = F.embedding(rows.masked_fill(is_elsewhere, 0), self.weight)
+        hidden = embedded(rows.masked_fill(is_elsewhere, 0), self.weight)
         return self.region.leave(hidden.masked_fill(is_elsewhere.unsqueeze(-1), 0.0))
 
     def logits(self, hidden: Tensor) -> Tensor:
