@@ -91,6 +91,12 @@ class ParallelConfig:
         return self.recompute_granularity is not None and bool({"residual", "mhc"} & {*self.recompute_modules})
 
     @property
+    def recomputes_experts(self) -> bool:
+        return self.recompute_granularity == "full" or (
+            self.recompute_granularity == "selective" and "moe" in self.recompute_modules
+        )
+
+    @property
     def expert_parts(self) -> int:
         """Processes that share one expert."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size

@@ -53,8 +53,8 @@ class TrainingConfig:
     bf16: bool = False
     """Weights and activations in bfloat16, with fp32 master weights, gradients, norms and residual parameters."""
     compile: bool = False
-    """Compile every layer with torch.compile, or its two sublayers under --recompute-modules residual (the first step
-    takes minutes; needs a C++ compiler on a CPU)."""
+    """Compile every layer with torch.compile, or its two sublayers under --recompute-modules residual, but not experts
+    that are recomputed (the first step takes minutes; needs a C++ compiler on a CPU)."""
     fp64: bool = False
     """Everything in float64: for comparing layouts."""
 

@@ -10,18 +10,24 @@ import torch
 from megatron_hc.config import ParallelConfig
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
+from megatron_hc.model.moe import MoE
 
 
 def compile_layers(model: GPT, parallel: ParallelConfig, mesh: Mesh) -> None:
     """Compile every layer; layers of one structure share their code.
 
     With --recompute-modules residual a layer's reads and writes are recorded one by one, as they run: its two sublayers
-    are compiled, without them. Raises ``ValueError`` on a CPU without a C++ compiler.
+    are compiled, without them. Experts that are recomputed run as they are. Raises ``ValueError`` on a CPU without a
+    C++ compiler.
     """
     if torch.device(mesh.device).type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++ or set CXX, or leave --compile out")
     _set_up_compiler(len(model.stage_layers()))
     for layer in model.stage_layers():
+        if isinstance(layer.mlp, MoE) and parallel.recomputes_experts:
+            # A router that repeats its decision is other code than one that decides, and what two codes save for the
+            # backward pass need not be the same tensors in the same order, by which recompute finds them.
+            layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)  # type: ignore[method-assign]
         if parallel.recomputes_residual:
             layer.attend = torch.compile(layer.attend)  # type: ignore[method-assign]
             layer.feed_forward = torch.compile(layer.feed_forward)  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from megatron_hc.kernels.swiglu import swiglu
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.rope import RopeTable, apply_rope
+from megatron_hc.model.router import Router, Routing
 from megatron_hc.parallel.compiled import compile_layers
 from megatron_hc.residual import RESIDUALS
 
@@ -106,6 +107,55 @@ def test_experts_are_compiled_for_all_micro_batches(precision: str) -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[precision], atol=TOLERANCE[precision])
         counts.append(counter.frame_count)
     assert counts[1] == counts[3]
+
+
+EXPERTS_RECOMPUTED = {
+    "moe": selective_recompute("moe"),
+    "full": full_recompute(),
+    "residual moe": selective_recompute("residual", "moe"),
+    "full residual": READS_RECOMPUTED["full"],
+}
+
+
+@pytest.mark.parametrize("parallel", EXPERTS_RECOMPUTED.values(), ids=EXPERTS_RECOMPUTED)
+def test_experts_that_are_recomputed_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig
+) -> None:
+    torch._dynamo.reset()
+    counter, seen, forward = CompileCounter(), [], Router.forward
+
+    def watched(router: Router, x: Tensor) -> Routing:
+        seen.append(torch.compiler.is_compiling())
+        return forward(router, x)
+
+    monkeypatch.setattr(Router, "forward", watched)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(TransformerLayer, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
+    moe = MoEConfig(num_experts=2, moe_aux_loss_coeff=(0.1,))
+    model = build(small_config(num_layers=1, moe=moe), "fp32", parallel=parallel)
+    compile_layers(model, parallel, Mesh())
+    gradients(model, random_tokens())
+    assert counter.frame_count > 0
+    assert seen == [False, False], "run, and run again by recompute"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", EXPERTS_RECOMPUTED.values(), ids=EXPERTS_RECOMPUTED)
+def test_gradients_beside_experts_that_are_recomputed(
+    monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig
+) -> None:
+    """What is around them is compiled, with code of its own for gradients."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(TransformerLayer, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    moe = MoEConfig(num_experts=4, moe_aux_loss_coeff=(0.1,), moe_z_loss_coeff=0.1, moe_expert_capacity_factor=0.75)
+    config = small_config({"residual_connection": "hyper"}, num_layers=2, moe=moe, disable_bias_linear=False)
+    compiled, eager = (build(config, "fp32", parallel=parallel) for _ in range(2))
+    compile_layers(compiled, parallel, Mesh())
+    for seed in (3, 4):  # the first micro-batch of a step has no losses to add to
+        tokens = random_tokens(seed=seed)
+        found, expected = gradients(compiled, tokens), gradients(eager, tokens)
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE["fp32"], atol=TOLERANCE["fp32"])
 
 
 def test_saved_tensors_are_not_written_into() -> None:
