@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_hc.cli_help import help_text
-from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, REPLACED, UNDERSCORED, VALUE, NotNeeded
+from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, UNDERSCORED, VALUE, VALUES, NotNeeded, instead_of
 from megatron_hc.cli_options import (
     CHECKPOINT,
     COMMAND_LINE,
@@ -74,6 +74,8 @@ class _Found:
     """As written -> why."""
     dropped: set[str] = dataclasses.field(default_factory=set)
     """Flags (as written, without values) that the cleaned command line leaves out."""
+    beside: dict[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    """Flag or key that is not needed, as written -> the field and the values of it that make it so."""
     tried: set[str] = dataclasses.field(default_factory=set)
     """Fields that were given, well or badly."""
     spelled: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -84,6 +86,7 @@ class _Found:
     def take(self, option: Option, raw: object, origin: str, spelled: str) -> None:
         self.tried.add(option.name)
         try:
+            _refuse_others(option, raw)
             value = coerce(option, raw)
             # A variable of a script that is not set: a folder "" would be the current one.
             if origin != CHECKPOINT and "" in (value if option.many else (value,)):
@@ -116,6 +119,14 @@ class _Found:
                 f"{flag(option.name)}, give one of them"
             )
         self.spelled[option.name] = spelled
+
+
+def _refuse_others(option: Option, raw: object) -> None:
+    """ValueError for a value that Megatron-LM has, or a program made of it, with what to do instead."""
+    known = VALUES.get(option.name, {})
+    for word in raw if isinstance(raw, list | tuple) else [raw]:
+        if isinstance(word, str) and word in known:
+            raise ValueError(f"{word} is not offered: {known[word]}")
 
 
 def _words(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -176,8 +187,8 @@ def _read_flag(found: _Found, spelled: str, words: list[str]) -> None:
         _read_alias(found, name, spelled, words)
     elif name in NOT_NEEDED:
         _read_not_needed(found, name, spelled, words)
-    elif name in REPLACED:
-        found.errors.append(f"{spelled} is not offered: {REPLACED[name]}")
+    elif (instead := instead_of(name)) is not None:
+        found.errors.append(f"{spelled} is not offered: {instead}")
     else:
         near = nearest(name.lstrip("-").replace("-", "_"), _known_names(), flag)
         found.errors.append(f"{spelled} is not a flag{near}")
@@ -212,17 +223,29 @@ def _fixed(option: Option, fixed: str) -> object:
 
 def _read_not_needed(found: _Found, name: str, spelled: str, words: list[str]) -> None:
     entry = NOT_NEEDED[name]
-    if len(words) != entry.takes:
+    if entry.takes is not None and len(words) != entry.takes:
         found.errors.append(f"{spelled} takes {entry.takes or 'no'} value{'s' * (entry.takes > 1)}, not {len(words)}")
-    elif _refused(entry, words[:1]):
-        found.errors.append(f"{spelled} {words[0]} is not offered: {entry.why}")
+    elif _refused(entry, words):
+        found.errors.append(f"{' '.join([spelled, *words])} is not offered: {entry.why}")
     else:
         found.not_needed[" ".join([spelled, *words])] = entry.why
         found.dropped.add(spelled)
+        if entry.beside is not None:
+            found.beside[spelled] = entry.beside
 
 
 def _refused(entry: NotNeeded, words: Sequence[object]) -> bool:
-    return bool(entry.values) and not any(str(word) in entry.values for word in words)
+    return bool(entry.values) and not all(str(word) in entry.values for word in words)
+
+
+def _check_beside(found: _Found, base_values: Mapping[str, Any]) -> None:
+    """Refuse what only the value of another flag would make unneeded."""
+    for spelled, (name, values) in found.beside.items():
+        value = found.values.get(name, base_values.get(name, options()[name].default))
+        if value not in values and not (name in found.tried and name not in found.values):
+            found.errors.append(f"{spelled} is not offered: give {flag(name)} {' or '.join(values)}, not {value}")
+            found.not_needed.pop(spelled)
+            found.dropped.discard(spelled)
 
 
 def _read_yaml(found: _Found, file: str) -> None:
@@ -298,9 +321,12 @@ def _read_key(found: _Found, file: str, group: tuple[str, ...], key: str, value:
     elif name in NOT_NEEDED and _refused(NOT_NEEDED[name], [value]):
         found.errors.append(f"{key} ({where}): {show(value)} is not offered: {NOT_NEEDED[name].why}")
     elif name in NOT_NEEDED:
-        found.not_needed[f"{key} ({where})"] = NOT_NEEDED[name].why
-    elif name in REPLACED:
-        found.errors.append(f"{key} ({where}): is not offered: {REPLACED[name]}")
+        entry = NOT_NEEDED[name]
+        found.not_needed[f"{key} ({where})"] = entry.why
+        if entry.beside is not None and value is not False:
+            found.beside[f"{key} ({where})"] = entry.beside
+    elif (instead := instead_of(name)) is not None:
+        found.errors.append(f"{key} ({where}): is not offered: {instead}")
     else:
         found.errors.append(f"{key} ({where}): is not a setting{nearest(name, [*_known_names(), *groups])}")
 
@@ -347,6 +373,7 @@ def parse(argv: Sequence[str], *, base: Base | None = None, prog: str = "pretrai
         if spelled != "--yaml-cfg":
             _read_flag(found, spelled, words)
     base_values = _base_values(base, found)
+    _check_beside(found, base_values)
     missing = [name for name, option in options().items() if option.required]
     missing = [flag(name) for name in missing if name not in found.tried and name not in base_values]
     if missing and not (callable(base) and found.errors and found.values.get("use_checkpoint_args")):

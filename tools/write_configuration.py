@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_hc.cli_help import Group, default_of, groups
-from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, REPLACED, VALUE
+from megatron_hc.cli_megatron import ALIASES, FAMILIES, NOT_NEEDED, REPLACED, VALUE, VALUES, NotNeeded
 from megatron_hc.cli_options import Option
 from megatron_hc.config import flag
 
@@ -75,6 +75,9 @@ def megatron_section() -> str:
         lines.append(f"| `{flag(name)}` | `{' '.join(meant)}` |")
     lines += ["", "Not offered, with what to do instead:", "", "| flag | instead |", "|---|---|"]
     lines += [f"| `{flag(name)}` | {cell(instead)} |" for name, instead in REPLACED.items()]
+    lines += [f"| `{flag(prefix)}...` | {cell(instead)} |" for prefix, instead in FAMILIES.items()]
+    for name, values in VALUES.items():
+        lines += [f"| `{flag(name)} {value}` | {cell(instead)} |" for value, instead in values.items()]
     lines += [
         "",
         "Not needed: a command line with them is refused once, with the list and the command line without them.",
@@ -83,9 +86,15 @@ def megatron_section() -> str:
         "|---|---|",
     ]
     for name, entry in NOT_NEEDED.items():
-        only = f" (with {' or '.join(entry.values)}; other values are refused)" if entry.values else ""
-        lines.append(f"| `{flag(name)}` | {cell(entry.why)}{only} |")
+        lines.append(f"| `{flag(name)}` | {cell(entry.why)}{_condition(entry)} |")
     return "\n".join(lines) + "\n"
+
+
+def _condition(entry: NotNeeded) -> str:
+    """With which values a flag is not needed; nothing where it never is."""
+    if entry.beside is not None:
+        return f" (with {flag(entry.beside[0])} {' or '.join(entry.beside[1])}; refused otherwise)"
+    return f" (with {' or '.join(entry.values)}; other values are refused)" if entry.values else ""
 
 
 def page() -> str:

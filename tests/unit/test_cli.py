@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hc import checkpoint_folder, cli, cli_options
-from megatron_hc.cli_megatron import ALIASES, NOT_NEEDED, REPLACED, VALUE
+from megatron_hc.cli_megatron import ALIASES, FAMILIES, NOT_NEEDED, REPLACED, VALUE, VALUES
 from megatron_hc.config import TrainConfig, flag, leaf_fields
 
 REQUIRED = (
@@ -102,6 +102,22 @@ def test_the_last_flag_wins() -> None:
         ("--optimizer sgd", "--optimizer sgd is not offered: AdamW is the only optimizer"),
         ("--optimizer", "--optimizer takes 1 value, not 0"),
         ("--use-flash-attn yes", "--use-flash-attn takes no value, not 1"),
+        ("--multi-latent-attention", "--multi-latent-attention is not offered: attention is multi-head or"),
+        ("--rotary-scaling-factor 40", "--rotary-scaling-factor is not offered: attention is multi-head or"),
+        ("--retro-num-neighbors 2", "--retro-num-neighbors is not offered: all models are decoders"),
+        ("--mtp-num-layers 1", "--mtp-num-layers is not offered: only the next token is predicted"),
+        (
+            "--spec megatron.core.models.x layers",
+            "--spec megatron.core.models.x layers is not offered: layers are what",
+        ),
+        ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction 0.5 is not offered: "),
+        (
+            "--no-position-embedding",
+            "--no-position-embedding is not offered: give --position-embedding-type rope or none",
+        ),
+        ("--tokenizer-type Llama2Tokenizer", "--tokenizer-type: Llama2Tokenizer is not offered: use SentencePiece"),
+        ("--position-embedding-type alibi", "--position-embedding-type: alibi is not offered: use rope, "),
+        ("--moe-token-dispatcher-type flex", "--moe-token-dispatcher-type: flex is not offered: use alltoall"),
     ],
 )
 def test_one_mistake_is_one_sentence(argv: str, message: str) -> None:
@@ -135,6 +151,27 @@ def test_flags_not_needed_are_listed_with_the_command_line_without_them() -> Non
     assert lines[-1] == f"pretrain_gpt.py {' '.join(REQUIRED)} --data-path 'a b'"
 
 
+def test_what_a_flag_beside_it_makes_unneeded(tmp_path: Path) -> None:
+    """In Megatron-LM --no-position-embedding beside learned positions is an error, or means none, by its version."""
+    for beside in ("--position-embedding-type rope", "--use-rotary-position-embeddings"):
+        lines = error_of("--no-position-embedding", *beside.split()).splitlines()
+        assert lines[0] == "--no-position-embedding is not needed here: --position-embedding-type says it"
+        assert lines[-1] == f"pretrain_gpt.py {' '.join(REQUIRED)} {beside}"
+    lines = error_of("--no-position-embedding", "--use-flash-attn").splitlines()
+    assert "--position-embedding-type rope or none, not learned_absolute" in lines[1]
+    assert lines[-1] == f"pretrain_gpt.py {' '.join(REQUIRED)} --no-position-embedding"
+    file = write(tmp_path / "a.yaml", "no_position_embedding: true\n")
+    message = f"no_position_embedding (yaml {file}) is not offered: give --position-embedding-type"
+    assert error_of("--yaml-cfg", file).startswith(message)
+
+
+def test_flags_that_take_any_number_of_words() -> None:
+    for words in ("--spec local", "--high-priority-stream-groups ep_dp dp_cp", "--high-priority-stream-groups"):
+        lines = error_of(*words.split(), "--bf16").splitlines()
+        assert lines[0].startswith(f"{words} is not needed here: ")
+        assert lines[-1] == f"pretrain_gpt.py {' '.join(REQUIRED)} --bf16"
+
+
 def test_schedules_of_a_checkpoint_as_megatron_spells_them() -> None:
     """With an underscore. What would take the schedule of the checkpoint is not left out as if it changed nothing."""
     lines = error_of("--override-opt_param-scheduler", "--bf16", prog="pretrain_gpt.py").splitlines()
@@ -159,6 +196,13 @@ def test_tables_name_no_field_twice_and_only_real_fields() -> None:
             option = cli_options.options()[target]
             if fixed is not VALUE and option.kind is not bool:
                 cli_options.coerce(option, fixed)
+    for prefix in FAMILIES:
+        assert not any(name.startswith(prefix) for name in (*names, *ALIASES))
+    for name, values in VALUES.items():
+        assert not set(cli_options.options()[name].choices) & values.keys()
+    for entry in NOT_NEEDED.values():
+        if entry.beside is not None:
+            assert set(entry.beside[1]) < set(cli_options.options()[entry.beside[0]].choices)
     for name in NOT_NEEDED:
         assert name == name.lower() and "-" not in name
         # a negative flag of a boolean field would never reach the table
@@ -425,7 +469,7 @@ def test_user_errors_exit_with_2_and_other_errors_pass(
 
 def test_output_that_nobody_reads_any_more_is_no_error() -> None:
     code = "with cli.exit_on_user_error('tool.py'):\n  for _ in range(100000): print('line')"
-    command = f"{sys.executable} -c \"from megatron_hc import cli\n{code}\" | head -1"
+    command = f'{sys.executable} -c "from megatron_hc import cli\n{code}" | head -1'
     found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert (found.stdout, found.stderr) == ("line\n", "")
 
