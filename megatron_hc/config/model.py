@@ -215,7 +215,8 @@ class ModelConfig:
         )
         require(
             self.group_query_attention or self.num_query_groups == 1,
-            f"--num-query-groups ({self.num_query_groups}) needs --group-query-attention",
+            f"--num-query-groups ({self.num_query_groups}) needs --group-query-attention, without which every head has "
+            "its own: give both or neither",
         )
         require(
             self.num_attention_heads % self.num_kv_heads == 0,

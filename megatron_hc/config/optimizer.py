@@ -33,9 +33,9 @@ class OptimizerConfig:
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of the last part of WSD."""
     lr_wsd_decay_iters: int | None = None
-    """Iterations of the last part of WSD."""
+    """Iterations of the last part of WSD (0: none, the learning rate stays)."""
     lr_wsd_decay_samples: int | None = None
-    """Samples of the last part of WSD."""
+    """Samples of the last part of WSD (0: none, the learning rate stays)."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; biases, norms and 1-D parameters have none."""
     start_weight_decay: float | None = None
@@ -60,7 +60,10 @@ class OptimizerConfig:
             0 <= self.lr_warmup_init <= self.lr,
             f"--lr-warmup-init ({self.lr_warmup_init}) must be between 0 and --lr ({self.lr})",
         )
-        positive(self, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
+        positive(self, "lr_decay_iters", "lr_decay_samples")
+        for name in ("lr_wsd_decay_iters", "lr_wsd_decay_samples"):
+            given = getattr(self, name)
+            require(given is None or given >= 0, f"{flag(name)} must not be negative, not {given}")
         for name in ("lr_warmup_iters", "lr_warmup_samples", "weight_decay", "clip_grad", "adam_eps"):
             require(getattr(self, name) >= 0, f"{flag(name)} must not be negative, not {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):

@@ -269,7 +269,7 @@ class ParallelConfig:
     def _validate_tensor_parallel(self, model: ModelConfig) -> None:
         tp, name = self.tensor_model_parallel_size, "--tensor-model-parallel-size"
         positive(self, "tensor_model_parallel_size", "distributed_timeout_minutes")
-        require(not self.sequence_parallel or tp > 1, f"--sequence-parallel needs {name} above 1")
+        require(not self.sequence_parallel or tp > 1, f"--sequence-parallel needs {name} above 1: leave it out")
         heads, kv_heads = model.num_attention_heads, model.num_kv_heads
         require(heads % tp == 0, f"{name} ({tp}) must divide --num-attention-heads ({heads})")
         require(

@@ -68,7 +68,7 @@ class TrainingConfig:
         )
         require(0 <= self.seed < 2**32, f"--seed must be in 0 .. {2**32 - 1}, not {self.seed}")
         for name in ("eval_interval", "eval_iters"):
-            require(getattr(self, name) >= 0, f"{flag(name)} must not be negative, not {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"{flag(name)} must not be negative, not {getattr(self, name)} (0: none)")
         positive(self, "spiky_loss_factor")
         require(
             self.spiky_loss_factor == 10.0 or self.check_for_spiky_loss,

@@ -221,6 +221,7 @@ REFUSED = [
         "--lr-wsd-decay-iters (11) must be at most --train-iters (10)",
     ),
     ("--lr-wsd-decay-iters 5", "", "--lr-wsd-decay-iters needs --lr-decay-style WSD, not linear"),
+    ("--lr-decay-style WSD --lr-wsd-decay-iters -1", "", "--lr-wsd-decay-iters must not be negative, not -1"),
     ("--start-weight-decay 0.1", "", "--start-weight-decay (0.1) and --end-weight-decay (None) need --weight-decay-in"),
     (
         "--weight-decay-incr-style cosine --start-weight-decay 0.2 --end-weight-decay 0.1",
@@ -281,6 +282,7 @@ def test_refused_in_one_sentence(extra: str, without: str, message: str) -> None
         ("--global-batch-size 12", ""),
         ("--rampup-batch-size 4 4 40 --global-batch-size 12 --train-samples 98", "--train-iters 10"),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 10 --lr-warmup-iters 9 --lr-decay-iters 20", ""),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 0", ""),
         ("--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1", ""),
         ("--save x --save-interval 4 --save-retain-interval 8 --load x --ckpt-step 0", ""),
         ("--eval-iters 0 --eval-interval 0 --clip-grad 0", ""),

@@ -27,6 +27,7 @@ CASES = {
     "WSD exponential": WSD,
     "WSD linear": f"{WSD} --lr-wsd-decay-style linear",
     "WSD cosine": f"{WSD} --lr-wsd-decay-style cosine",
+    "WSD without an end": f"{WSD} --lr-wsd-decay-iters 0",
     "WSD minus_sqrt": f"{WSD} --lr-wsd-decay-style minus_sqrt",
     "fraction": "--lr 1e-3 --lr-warmup-fraction 0.033 --lr-warmup-init 1e-5 --train-iters 100 --global-batch-size 6",
     "samples": "--lr 1e-3 --train-samples 795 --lr-warmup-samples 35 --lr-decay-samples 700 --global-batch-size 8 "
@@ -77,6 +78,7 @@ KNOWN = {
     ],
     "WSD linear": [0.0, 0.0005, 0.001, 0.001, 0.001, 0.00055, 0.000325, 0.0001, 0.0001, 0.0001],
     "WSD cosine": [0.0, 0.0005, 0.001, 0.001, 0.001, 0.00055, 0.00023180194846605365, 0.0001, 0.0001, 0.0001],
+    "WSD without an end": [0.0, 0.0005, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.0001, 0.0001],
     "WSD minus_sqrt": [
         0.0,
         0.0005,
