@@ -45,6 +45,8 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place:
         _check_against(step, numbers)
     world_size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
     launcher = "torchrun" if environment.get("TORCHELASTIC_RUN_ID") else "the environment"
+    if world_size is None and rank is None:
+        _check_no_mpi(environment)
     if (world_size is None or world_size == 1) and not rank:
         return Place(0, 1, numbers["LOCAL_RANK"], launcher if world_size == 1 else "nothing")
     present = f"WORLD_SIZE={world_size}" if world_size is not None else f"RANK={rank}"
@@ -58,6 +60,18 @@ def place_of(environment: Mapping[str, str] = os.environ) -> Place:
         raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}: {MEND}")
     master = environment["MASTER_ADDR"], numbers["MASTER_PORT"]
     return Place(rank, world_size, numbers["LOCAL_RANK"], launcher, master)
+
+
+def _check_no_mpi(environment: Mapping[str, str]) -> None:
+    """Refuse processes of mpirun that nothing has told who they are: each would train alone."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        size = _number(environment, name)
+        if size is not None and size > 1:
+            own = f"{name.removesuffix('SIZE')}RANK"
+            raise ValueError(
+                f"{name}={size} says that mpirun started {size} processes, but RANK, WORLD_SIZE, MASTER_ADDR and "
+                f"MASTER_PORT are not set: set RANK to {own} and WORLD_SIZE to {name} in each, or {MEND}"
+            )
 
 
 def explain(place: Place, environment: Mapping[str, str] = os.environ) -> str:

@@ -35,6 +35,15 @@ def test_the_place_in_the_environment() -> None:
     assert place_of(COMPLETE | {"TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
 
 
+@pytest.mark.parametrize("kind", ["OMPI_COMM_WORLD_", "PMI_"])
+def test_processes_of_mpirun_do_not_train_alone(kind: str) -> None:
+    mpirun = {f"{kind}SIZE": "4", f"{kind}RANK": "3"}
+    with pytest.raises(ValueError, match=rf"^{kind}SIZE=4 says .* started 4 processes, .*: set RANK to {kind}RANK and"):
+        place_of(mpirun)
+    assert place_of(mpirun | COMPLETE) == place_of(COMPLETE)
+    assert place_of({f"{kind}SIZE": "1", f"{kind}RANK": "0"}) == Place(0, 1, None)
+
+
 SLURM = {
     **{"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[03-05]", "SLURM_NTASKS": "6", "SLURM_PROCID": "5"},
     **{"SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[03-05]"},
