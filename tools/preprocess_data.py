@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hc.cli_megatron import NOT_NEEDED, VALUES, instead_of
 from megatron_hc.data.encode import Encoder, Stop, encoded, groups, leave_with_parent, start_method, stopping
 from megatron_hc.data.inputs import add_input_arguments, check_input_arguments, described, open_inputs
 from megatron_hc.data.parts import Part, Progress, join, only_one, piece
@@ -34,8 +35,45 @@ from megatron_hc.data.tokenizer_bpe import PATTERNS
 WORTH_KEEPING = 2**24
 """Bytes of text from which on a run that stops at an error keeps what it did."""
 
+_SENTENCES = "a document is one sequence: leave it out"
+_WORKERS = "give --workers: leave it out"
+MEGATRONS = {
+    "--json-key": "use --json-keys",
+    "--split-sentences": _SENTENCES,
+    "--keep-newlines": _SENTENCES,
+    "--lang": _SENTENCES,
+    "--keep-empty": "a document without text is none: leave it out",
+    "--keep-sequential-samples": "documents keep their order with any --partitions: leave it out",
+    "--dataset-impl": "there is one format: leave it out",
+    "--chunk-size": "leave it out",
+    **dict.fromkeys(
+        ("--find-optimal-num-workers", "--workers-to-check", "--max-documents", "--performance-dir"), _WORKERS
+    ),
+    **{
+        name: instead_of(name[2:].replace("-", "_")) or f"{NOT_NEEDED[name[2:].replace('-', '_')].why}: leave it out"
+        for name in (
+            *("--vocab-file", "--merge-file", "--tokenizer-name-or-path", "--tokenizer-library", "--vocab-extra-ids"),
+            *("--legacy-tokenizer", "--trust-remote-code", "--tiktoken-special-tokens", "--patch-tokenizer-type"),
+        )
+    },
+}
+"""Flags of Megatron-LM's tool of this name, and of programs made of it -> what to do instead."""
+
 Report = Callable[[int, int, int], None]
 """Called with the documents, bytes of input and tokens so far."""
+
+
+class _NotOffered(argparse.Action):
+    """A flag of ``MEGATRONS``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, flag: str | None = None) -> None:
+        parser.error(f"{flag} is not offered: {MEGATRONS[flag or '']}")
+
+
+def _tokenizer_type(name: str) -> str:
+    if name in VALUES["tokenizer_type"]:
+        raise argparse.ArgumentTypeError(f"{name} is not offered: {VALUES['tokenizer_type'][name]}")
+    return name
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_input_arguments(parser)
     parser.add_argument("--output-prefix", required=True, help="path of the datasets, without _text_document.bin")
-    parser.add_argument("--tokenizer-type", required=True, choices=list(TOKENIZERS))
+    parser.add_argument("--tokenizer-type", required=True, choices=list(TOKENIZERS), type=_tokenizer_type)
     parser.add_argument("--tokenizer-model", metavar="FILE", help="file of the tokenizer, or folder of tokenizer.json")
     parser.add_argument("--vocab-size", type=int, help="number of tokens of a NullTokenizer or a TikTokenizer's .json")
     parser.add_argument("--tiktoken-pattern", choices=list(PATTERNS), help="how a TikTokenizer cuts text into words")
@@ -65,6 +103,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="parts of the input that are read and written at the same time; the dataset is the same",
     )
     parser.add_argument("--log-interval", type=int, default=1000, help="documents between updates of the progress bar")
+    for name in MEGATRONS:
+        parser.add_argument(name, action=_NotOffered, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in ("workers", "partitions", "log_interval"):
         if getattr(options, name) < 1:

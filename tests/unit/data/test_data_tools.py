@@ -320,6 +320,23 @@ def test_wrong_flags_exit_with_2(preprocess, tmp_path, flags) -> None:
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keep-sequential-samples"], "--keep-sequential-samples is not offered: documents keep their order"),
+        (["--json-key", "text"], "--json-key is not offered: use --json-keys"),
+        (["--vocab-file", "v.json", "--append-eod"], "--vocab-file is not offered: put it into a folder as vocab.json"),
+        (["--trust-remote-code"], "--trust-remote-code is not offered: a tokenizer's own code is never run"),
+        (["--tokenizer-type", "Llama2Tokenizer"], "Llama2Tokenizer is not offered: use SentencePieceTokenizer with"),
+        (["--tokenizer-type", "Llama3Tokenizer"], "invalid choice: 'Llama3Tokenizer'"),
+    ],
+)
+def test_flags_of_megatrons_tool(preprocess, tmp_path, capfd, flags, message) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(preprocess, tmp_path, "--input", "x", *flags)
+    assert caught.value.code == 2 and message in capfd.readouterr().err
+
+
 def test_command_line(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("one\ntwo\n")
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(tmp_path / "c.txt")]
