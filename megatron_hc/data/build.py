@@ -56,9 +56,10 @@ def _number(text: str) -> float | None:
 def split_ranges(split: str) -> list[tuple[float, float] | None]:
     """Where training, validation and test begin and end, as shares of a file; None for a share of 0.
 
-    ``split`` is one to three numbers, e.g. '969,30,1'; they need not sum to anything.
+    ``split`` is one to three numbers, e.g. '969,30,1'; they need not sum to anything. Quotes around them are left out,
+    which launch scripts pass on that keep their flags in arrays (also one of Megatron-LM's own).
     """
-    shares = [_number(part) for part in re.split(r"\s*[,/]\s*|\s+", split.strip())]
+    shares = [_number(part) for part in re.split(r"\s*[,/]\s*|\s+", split.strip("'\" \n\t"))]
     valid = [share for share in shares if share is not None and 0 <= share < math.inf]
     if len(valid) != len(shares) or not 1 <= len(valid) <= 3 or sum(valid) == 0:
         raise ValueError(f"--split ({split}) must be one to three shares such as {DEFAULT_SPLIT}, not all zero")

@@ -61,7 +61,12 @@ def test_split_of_share_zero_and_size_zero_are_none(prefix: str) -> None:
     assert train is not None and valid is None and test is None
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "0,0,0", "-1,2", "nan,1", "1,,1"])
+@pytest.mark.parametrize("split", ["99, 1,0", "'99,1,0'", '"99/1/0"', " 99 1\n"])
+def test_a_split_as_launch_scripts_write_it(split: str) -> None:
+    assert split_ranges(split) == [(0.0, 0.99), (0.99, 1.0), None]
+
+
+@pytest.mark.parametrize("split", ["'", "", "a,b", "1,2,3,4", "0,0,0", "-1,2", "nan,1", "1,,1"])
 def test_bad_split(prefix: str, split: str) -> None:
     with pytest.raises(ValueError, match=r"--split \(.*\) must be one to three shares"):
         split_ranges(split)
