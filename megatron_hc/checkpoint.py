@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hc.checkpoint_folder import check_save_folder, find, latest_iteration, problem, read_manifest
+from megatron_hc.checkpoint_foreign import check_not_megatrons
 from megatron_hc.checkpoint_ranks import all_ranks, dtype_of, gather, key_of, stored_of
 from megatron_hc.checkpoint_save import Saver, Staged, save, save_one_by_one, stage, write
 from megatron_hc.mesh import Mesh
@@ -50,6 +51,7 @@ __all__ = [
     "Saver",
     "Staged",
     "check",
+    "check_not_megatrons",
     "check_save_folder",
     "find",
     "latest_iteration",

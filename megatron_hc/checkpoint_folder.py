@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_hc.checkpoint_foreign import foreign
 from megatron_hc.folders import check_folder
 
 
@@ -186,15 +187,15 @@ def find(root: str | Path, step: int | None = None) -> Path:
     folder = None if chosen is None else _whole(root, chosen)
     if folder is not None:
         return folder
+    if (theirs := foreign(root)) is not None:
+        raise ValueError(f"--load {root} holds {theirs}")
     found = sorted(_iterations(root))
     asked = found[-1:] if step is None else [step]
     if asked and asked[0] in found:
-        damaged = root / folder_name(asked[0])
-        is_ours = os.path.exists(damaged / MANIFEST)
-        theirs = "" if is_ours else " (tools/convert_checkpoint.py reads those of Megatron-LM)"
+        why = problem(root / folder_name(asked[0]))
         raise ValueError(
-            f"--load {root} holds no whole checkpoint of iteration {asked[0]}: {problem(damaged)}{theirs}: bring it "
-            "back, or name another folder"
+            f"--load {root} holds no whole checkpoint of iteration {asked[0]}: {why}: bring it back, or name another "
+            "folder"
         )
     if step is None:
         tracked = _tracked(root)
@@ -211,7 +212,8 @@ def find(root: str | Path, step: int | None = None) -> Path:
 def find_if_any(root: str | Path) -> Path | None:
     """``find`` of the latest; None where no run has saved anything yet.
 
-    ValueError where something was saved and nothing of it is whole: a run that began anew there would take its place.
+    ValueError where something was saved, by whichever program, and nothing of it is whole and ours: a run that began
+    anew there would take its place.
     """
     root = Path(root)
     try:
@@ -221,7 +223,7 @@ def find_if_any(root: str | Path) -> Path | None:
         return None
     except OSError:
         names = None
-    if names is not None and not _iterations(root) and _tracked(root) is None:
+    if names is not None and not _iterations(root) and _tracked(root) is None and foreign(root) is None:
         return None
     return find(root)  # or what is wrong
 

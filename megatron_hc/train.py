@@ -180,6 +180,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         keep_freed_memory()
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
+        checkpoint.check_not_megatrons(config.checkpoint.save)
         check_not_locked(config.checkpoint.save, mesh)
     config = dataclasses.replace(config, checkpoint=going_on(config.checkpoint, mesh))
     check_kernels(config, mesh)

@@ -63,6 +63,7 @@ def save_weights(
     """
     if Path(save).is_dir() and (latest := checkpoint.latest_iteration(save)) is not None:
         raise ValueError(f"--save {save} holds checkpoints already, the latest of iteration {latest}: choose another")
+    checkpoint.check_not_megatrons(save)
     try:
         return checkpoint.save_one_by_one(
             *(save, iteration, specs, read, state, arguments), file_bytes=min(FILE_BYTES, file_bytes)

@@ -83,10 +83,13 @@ def metrics_of_something_else(folder: Path, licence: str) -> list[str]:
     return ["--metrics-jsonl", str(write(folder / "notes.txt", "remember the milk\nand the bread\n"))]
 
 
-def of_megatron(folder: Path, licence: str) -> list[str]:
-    (folder / "theirs" / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
-    write(folder / "theirs" / "latest_checkpointed_iteration.txt", "100")
-    return ["--load", str(folder / "theirs")]
+def of_megatron(flag: str) -> Prepare:
+    def prepare(folder: Path, licence: str) -> list[str]:
+        (folder / "theirs" / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
+        write(folder / "theirs" / "latest_checkpointed_iteration.txt", "100")
+        return [flag, str(folder / "theirs")]
+
+    return prepare
 
 
 def below_a_file(*flags: str) -> Prepare:
@@ -153,7 +156,8 @@ CASES: dict[str, tuple[Prepare, str]] = {
         lambda folder, licence: ["--load", str(write(folder / "taken", "something else"))],
         r"--load \S+taken is not a folder",
     ),
-    "a checkpoint of Megatron-LM": (of_megatron, r"no whole checkpoint of iteration 100: .*tools/convert_checkpoint"),
+    "a checkpoint of Megatron-LM": (of_megatron("--load"), r"Megatron-LM in its format torch .*convert_checkpoint"),
+    "a folder of Megatron-LM": (of_megatron("--save"), r"--save \S+theirs holds a checkpoint of Megatron-LM .*choose"),
     "metrics that are another file": (
         metrics_of_something_else,
         r"--metrics-jsonl \S+: line 1 is not a line of metrics",

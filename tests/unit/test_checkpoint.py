@@ -184,7 +184,7 @@ def test_nothing_and_nothing_whole_are_not_the_same(tmp_path: Path) -> None:
     save(tmp_path, 5)
     assert find_if_any(tmp_path) == tmp_path / "iter_0000005"
     (tmp_path / "iter_0000005" / "checkpoint.json").unlink()
-    with pytest.raises(ValueError, match=r"no whole checkpoint of iteration 5: .*checkpoint.json is missing .*: bring"):
+    with pytest.raises(ValueError, match=r"no whole checkpoint of iteration 5: .*checkpoint.json is missing: bring"):
         find_if_any(tmp_path)
     shutil.rmtree(tmp_path / "iter_0000005")
     with pytest.raises(ValueError, match=r"holds no checkpoint, though latest_checkpointed_iteration.txt names '5'"):
@@ -299,6 +299,43 @@ def test_what_cannot_be_deleted_does_not_stop_the_saves(
     assert f"{tmp_path / 'iter_0000005.trash'} cannot be deleted (Directory not empty)" in caplog.text
     save(tmp_path, 25, retain_interval=20)
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000020", "iter_0000025"]
+
+
+@pytest.mark.parametrize(
+    "file, what",
+    [
+        ("iter_0000100/.metadata", r"of Megatron-LM \(.*iter_0000100\): .*convert_checkpoint.py --from megatron$"),
+        (".metadata", r"of Megatron-LM \(.*\): convert it with .* --from megatron$"),
+        (
+            "iter_0000100/mp_rank_00_001/model_optim_rng.pt",
+            r"of Megatron-LM in its format torch \(.*iter_0000100\): make it torch_dist",
+        ),
+        ("release/mp_rank_00/model_optim_rng.pt", r"of Megatron-LM in its format torch \(.*release\): make it"),
+        ("model.safetensors", r"a model of Hugging Face: convert it with .* --from hf$"),
+    ],
+)
+def test_checkpoints_of_other_programs(file: str, what: str, tmp_path: Path) -> None:
+    """A script of Megatron-LM names the folder of its earlier run: it is not empty, and not one to write in."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("")
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    for has_tracker in (False, True):
+        if has_tracker:
+            tracker.write_text("100")
+        for step in (None, 100):
+            with pytest.raises(ValueError, match=rf"^--load .* holds .*{what}"):
+                checkpoint.find(tmp_path, step)
+        with pytest.raises(ValueError, match=what):
+            find_if_any(tmp_path)
+        if "of Megatron-LM" in what:
+            with pytest.raises(ValueError, match=r"^--save .* a checkpoint of Megatron-LM \(.*\): choose another"):
+                checkpoint.check_not_megatrons(tmp_path)
+        else:
+            checkpoint.check_not_megatrons(tmp_path)
+    tracker.unlink()
+    save(tmp_path, 3)
+    assert checkpoint.find(tmp_path) == find_if_any(tmp_path) == tmp_path / "iter_0000003"
 
 
 def test_retained_iterations(tmp_path: Path) -> None:

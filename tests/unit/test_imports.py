@@ -36,13 +36,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"mesh", "kernels", "config", "folders", "pipeline_layout", "stored"},
     "data": {"config", "mesh"},
     "optim": {"config", "mesh", "packages"},
-    "checkpoint": {"config", "mesh", "checkpoint_folder", "checkpoint_ranks", "checkpoint_save", "stored"},
+    "checkpoint": {
+        *("config", "mesh", "checkpoint_folder", "checkpoint_foreign", "checkpoint_ranks", "checkpoint_save", "stored")
+    },
     "checkpoint_save": {"launch", "mesh", "checkpoint_folder", "checkpoint_ranks", "stored"},
     "launch": {"place"},
     "place": set(),
     "watchdog": {"config", "launch", "mesh"},
     "checkpoint_ranks": {"mesh", "stored"},
-    "checkpoint_folder": {"folders"},
+    "checkpoint_folder": {"checkpoint_foreign", "folders"},
+    "checkpoint_foreign": set(),
     "checkpoint_access": {"checkpoint_folder", "checkpoint_ranks", "config", "mesh", "save_lock"},
     "stored": set(),
     "state": {"mesh", "model", "parallel", "stored"},
@@ -100,7 +103,7 @@ KERNEL_FILES = {f"kernels/{name}.py": {"triton"} for name in KERNEL_NAMES}
 """Files that are kernels of an optional library, whose decorators need it; they are imported by functions only."""
 
 TORCH_FREE = ("config", "pipeline_layout", "checkpoint_folder", "cli", "cli_help", "cli_options", "cli_megatron")
-TORCH_FREE += ("folders", "launch", "packages", "place")
+TORCH_FREE += ("checkpoint_foreign", "folders", "launch", "packages", "place")
 
 COPIED = "convert/hf_code/"
 """Files that are copied beside exported weights and never imported here."""
