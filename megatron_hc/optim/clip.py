@@ -7,17 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CPU_PART = 1 << 14
+"""Squares that a CPU adds in one go."""
+
 
 @torch.no_grad()
 def grad_norm_squared(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, a scalar in fp32 (float64 if a tensor is float64). Also of parameters."""
+    """Sum of the squares of all elements, a scalar in fp32 (float64 if a tensor is float64). Also of parameters.
+
+    A CPU adds a whole tensor in a few fp32 sums, one for each lane of a vector: of 40 million numbers 0.5 % got lost.
+    So it gets them in parts, whose sums are added in pairs.
+    """
     if not tensors:
         return torch.zeros(())
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
+    parts = [part for tensor in tensors for part in _parts(tensor)]
+    norms = torch._foreach_norm(parts, 2, dtype=dtype)
     return torch.stack(norms).square().sum()
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    is_one = tensor.device.type != "cpu" or tensor.numel() <= CPU_PART
+    return (tensor,) if is_one else tensor.flatten().split(CPU_PART)
 
 
 @torch.no_grad()
