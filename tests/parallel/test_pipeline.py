@@ -308,7 +308,7 @@ def test_every_form_under_every_schedule(runs: Runs, method: str, schedule: str)
     for form, value in itertools.product(forms(method), ("none", "learnable", "dense")):
         model, layout = f"--num-layers 4 {form} {VALUES[value]}", f"{PP2} {SCHEDULES[schedule]}"
         runs.check(Cell(model, layout=layout, world_size=2, num_steps=2))
-    model, layout = f"--num-layers 8 {forms(method)[0]} --value-residual dense", f"{PP4} {SCHEDULES[schedule]}"
+    model, layout = f"{forms(method)[0]} --value-residual dense --num-layers 8", f"{PP4} {SCHEDULES[schedule]}"
     runs.check(Cell(model, layout=layout, world_size=4, num_steps=2, batch=MANY))
 
 
