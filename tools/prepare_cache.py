@@ -37,7 +37,7 @@ def prepare(world_size: int, parsed: Parsed) -> None:
         raise ValueError("--mock-data has no files and needs no cache")
     from megatron_hc.data import build_datasets, tokenizer_of
     from megatron_hc.optim.microbatches import BatchSchedule
-    from megatron_hc.train import num_samples
+    from megatron_hc.run import num_samples
 
     batches = BatchSchedule(config.training, config.parallel.data_parallel_size(world_size))
     started = time.monotonic()

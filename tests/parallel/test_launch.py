@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, TINY, Processes
 
-from megatron_hc import launch, train
+from megatron_hc import launch, run, train
 from megatron_hc.config import ParallelConfig
 from megatron_hc.launch import describe_frames
 from megatron_hc.mesh import Mesh
@@ -157,7 +157,7 @@ def lacks_a_device(rank: int) -> None:
             raise ValueError("--device: rank 1 has none")
         time.sleep(60)
 
-    train.build_mesh = build_mesh  # type: ignore[assignment]
+    run.build_mesh = build_mesh  # type: ignore[assignment]
 
 
 # ---- in a run ----

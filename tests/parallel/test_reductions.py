@@ -11,7 +11,7 @@ from helpers import small_config
 from parity import TOLERANCES as TOLERANCE
 from parity import Cell, RankOutcome, Runs, assembled, differences, run_cell
 
-from megatron_hc import train
+from megatron_hc import run
 from megatron_hc.config import MoEConfig, TrainConfig
 from megatron_hc.mesh import Mesh
 from megatron_hc.parallel import plan
@@ -38,12 +38,12 @@ MODEL_WITH = {
 
 def run_with(cell: Cell, table: tuple[plan.Entry, ...]) -> RankOutcome | None:
     """``run_cell`` with another table."""
-    placements = train.placements
-    train.placements = functools.partial(plan.placements, table=table)
+    placements = run.placements
+    run.placements = functools.partial(plan.placements, table=table)
     try:
         return run_cell(cell)
     finally:
-        train.placements = placements
+        run.placements = placements
 
 
 def test_no_entry_is_dead() -> None:
@@ -82,9 +82,9 @@ def test_without_an_entry_gradients_are_wrong(runs: Runs, pattern: str) -> None:
     assert any("gradient norm" in line for line in found), found
 
 
-def forget(group: str, run: train.Run) -> None:
+def forget(group: str, built: run.Run) -> None:
     """Leave out the sums over one group."""
-    for slot in run.optimizer.slots:
+    for slot in built.optimizer.slots:
         if slot.placement.sum_over == group:
             slot.placement = slot.placement._replace(sum_over=None)
 
