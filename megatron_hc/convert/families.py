@@ -60,8 +60,10 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 def arguments_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """config.json -> (the model's arguments by field name, vocabulary size)."""
-    family = model_type_of(config)
-    config = {**DEFAULTS[family], **{name: value for name, value in config.items() if value is not None}}
+    family, given = model_type_of(config), {name: value for name, value in config.items() if value is not None}
+    if config.get("num_key_value_heads", 0) is None and "num_attention_heads" in given:
+        given["num_key_value_heads"] = given["num_attention_heads"]  # null says so; what is left out is the default
+    config = {**DEFAULTS[family], **given}
     _refuse(family, config)
     try:
         found = _gpt2_arguments(config) if family == "gpt2" else _llama_arguments(family, config)

@@ -11,7 +11,7 @@ from convert_models import FAMILIES, random_model, saved, tensors_of, tokens
 from helpers import assert_same_bits
 from safetensors.torch import save_file
 
-from megatron_hc.convert import hf
+from megatron_hc.convert import families, hf
 from megatron_hc.inference import load_model
 
 pytest.importorskip("transformers")
@@ -65,6 +65,18 @@ def test_rope_scaling_is_seen(tmp_path: Path) -> None:
     hf.import_hf(str(tmp_path / "hf"), str(tmp_path / "plain"), seq_length=None, options=QUIET)
     difference = our_logits(tmp_path / "scaled") - our_logits(tmp_path / "plain")
     assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "mixtral"])
+def test_key_value_heads_that_are_null(name: str) -> None:
+    """As many as heads; where nothing is said of them it is the family's default."""
+    config = random_model(name).config.to_dict() | {"num_attention_heads": 64, "head_dim": 2}
+    found, _ = families.arguments_of(config | {"num_key_value_heads": None})
+    assert not found["group_query_attention"]
+    del config["num_key_value_heads"]
+    heads = {"llama3": 64, "qwen2": 32, "qwen3": 32, "mixtral": 8}[name]
+    found, _ = families.arguments_of(config)
+    assert found["group_query_attention"] == (heads < 64) and found["num_query_groups"] == (heads if heads < 64 else 1)
 
 
 def test_dtypes(tmp_path: Path) -> None:
