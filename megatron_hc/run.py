@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,21 +135,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     whole = build_whole_validation(config, tokenizer, num_mock_samples(config, batches)) if is_whole else {}
     datasets = build_datasets(config, tokenizer, num_samples(config, batches))  # writes index caches: comes last
     check_enough_samples(config, batches, progress, datasets[0])
-    logger.say(explain(place_of()))
-    logger.say(describe(parsed.config, parsed.origins))
-    if config.checkpoint.load is not None and source is None:
-        logger.say(f"--load {config.checkpoint.load} holds no checkpoint yet: the run begins anew")
-    if config.checkpoint != parsed.config.checkpoint:
-        logger.say(f"started again: going on from {source}, not from where the flags let the first attempt begin")
-    if mesh.is_first and (newest := newer_checkpoint(config.checkpoint.save, progress.iteration)) is not None:
-        logger.say(
-            f"WARNING: --save {config.checkpoint.save} holds a checkpoint of iteration {newest}, and this run begins "
-            f"at {progress.iteration}: its checkpoints will replace those that it meets"
-        )
-    if config.logging.log_straggler:
-        logger.say(ranks_by_host(mesh))
-    if mesh.size("pp") > 1:
-        logger.say(config.parallel.pipeline_layout(config.model.num_layers).describe())
+    say_what_begins(parsed, config, mesh, logger, source, progress.iteration)
     # Dropout only: initial weights and data order have seeds of their own. Stages do not repeat each other's masks.
     torch.manual_seed(config.training.seed + 100 * mesh.rank("pp"))
     optimizer = build_optimizer(config, model, placed, mesh)
@@ -183,6 +170,27 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
     if source is not None:
         load(run, source)
     return run
+
+
+def say_what_begins(
+    parsed: Parsed, config: TrainConfig, mesh: Mesh, logger: Logger, source: Path | None, iteration: int
+) -> None:
+    """The head of a log: processes, settings, and where the run begins. ``config``: what became of those given."""
+    logger.say(explain(place_of()))
+    logger.say(describe(parsed.config, parsed.origins))
+    if config.checkpoint.load is not None and source is None:
+        logger.say(f"--load {config.checkpoint.load} holds no checkpoint yet: the run begins anew")
+    if config.checkpoint != parsed.config.checkpoint:
+        logger.say(f"started again: going on from {source}, not from where the flags let the first attempt begin")
+    if mesh.is_first and (newest := newer_checkpoint(config.checkpoint.save, iteration)) is not None:
+        logger.say(
+            f"WARNING: --save {config.checkpoint.save} holds a checkpoint of iteration {newest}, and this run begins "
+            f"at {iteration}: its checkpoints will replace those that it meets"
+        )
+    if config.logging.log_straggler:
+        logger.say(ranks_by_host(mesh))
+    if mesh.size("pp") > 1:
+        logger.say(config.parallel.pipeline_layout(config.model.num_layers).describe())
 
 
 def check_kernels(config: TrainConfig, mesh: Mesh) -> None:
