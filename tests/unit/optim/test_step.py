@@ -139,8 +139,10 @@ def test_norm_of_many_equal_numbers(dtype: torch.dtype) -> None:
     """A sum that grows by the same small term: where fp32 rounds each time it lost 0.4 % here."""
     value = torch.tensor(0.013, dtype=dtype)
     large = value.expand(2048, 2048).contiguous()
-    squared = grad_norm_squared([large, large.t()])  # the second is not in one piece
-    assert float(squared) == pytest.approx(2 * 2**22 * float(value) ** 2, rel=2e-5)
+    rest = large.flatten()[: 2**15 + 7]
+    squared = grad_norm_squared([large, large.t(), rest, rest[:7]])  # the second is not in one piece
+    assert float(squared) == pytest.approx((2 * 2**22 + 2**15 + 14) * float(value) ** 2, rel=2e-5)
+    assert float(grad_norm_squared([rest])) == pytest.approx((2**15 + 7) * float(value) ** 2, rel=2e-5)
 
 
 def test_num_zeros() -> None:
