@@ -7,6 +7,8 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,18 +91,27 @@ def open_sinks(config: TrainConfig, start_iteration: int) -> list[Sink]:
     """
     options = config.logging
     sinks: list[Sink] = []
-    try:
-        if options.metrics_jsonl is not None:
+    if options.metrics_jsonl is not None:
+        with _named(f"--metrics-jsonl {options.metrics_jsonl}"):
             sinks.append(JsonLines(Path(options.metrics_jsonl), start_iteration))
-        if options.tensorboard_dir is not None:
+    if options.tensorboard_dir is not None:
+        with _named(f"--tensorboard-dir {options.tensorboard_dir}"):
             sinks.append(TensorBoard(options.tensorboard_dir))
-        if options.wandb_project is not None:
+    if options.wandb_project is not None:
+        with _named(f"--wandb-project {options.wandb_project}"):
             sinks.append(WeightsAndBiases(config))
-    except OSError as error:
-        raise ValueError(f"the log {error.filename} cannot be written: {error.strerror or error}") from error
     if options.prometheus_file is not None:
         sinks.append(Prometheus(options.prometheus_file))
     return sinks
+
+
+@contextmanager
+def _named(log: str) -> Iterator[None]:
+    """Name the log in an error of the system: the one of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{log} cannot be written: {error.strerror or error}") from error
 
 
 class JsonLines:
