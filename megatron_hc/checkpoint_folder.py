@@ -187,6 +187,8 @@ def find(root: str | Path, step: int | None = None) -> Path:
     folder = None if chosen is None else _whole(root, chosen)
     if folder is not None:
         return folder
+    if (root / MANIFEST).exists():
+        raise ValueError(f"--load {root} is one checkpoint: name the folder that it is in, and its --ckpt-step")
     if (theirs := foreign(root)) is not None:
         raise ValueError(f"--load {root} holds {theirs}")
     found = sorted(_iterations(root))
@@ -223,7 +225,8 @@ def find_if_any(root: str | Path) -> Path | None:
         return None
     except OSError:
         names = None
-    if names is not None and not _iterations(root) and _tracked(root) is None and foreign(root) is None:
+    has_ours = names is None or MANIFEST in names or _iterations(root) or _tracked(root) is not None
+    if not has_ours and foreign(root) is None:
         return None
     return find(root)  # or what is wrong
 

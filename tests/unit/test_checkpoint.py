@@ -183,6 +183,8 @@ def test_nothing_and_nothing_whole_are_not_the_same(tmp_path: Path) -> None:
     assert find_if_any(tmp_path) is None
     save(tmp_path, 5)
     assert find_if_any(tmp_path) == tmp_path / "iter_0000005"
+    with pytest.raises(ValueError, match=r"^--load .*iter_0000005 is one checkpoint: name the folder that it is in"):
+        find_if_any(tmp_path / "iter_0000005")
     (tmp_path / "iter_0000005" / "checkpoint.json").unlink()
     with pytest.raises(ValueError, match=r"no whole checkpoint of iteration 5: .*checkpoint.json is missing: bring"):
         find_if_any(tmp_path)
