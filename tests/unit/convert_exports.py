@@ -45,6 +45,11 @@ def check(folder: Path) -> dict[str, Any]:
             model(tokens, **{name: True})
         except ValueError as error:
             refusals.append(str(error))
+    for wrong in (seen.long(), seen.float()):
+        try:
+            model(padded, attention_mask=wrong, **positions)
+        except ValueError as error:
+            refusals.append(str(error))
     steps = [*zip(cached.logits, uncached.logits, strict=True), *zip(static.logits, uncached.logits, strict=True)]
     return {
         "error": float((logits - expected["logits"]).abs().max()),

@@ -110,7 +110,7 @@ def assert_same(results: dict[str, dict[str, Any]], tolerance: float = 1e-9) -> 
         wrong = {name: found[key] for name, found in results.items() if not found[key] < tolerance}
         assert not wrong, key
     assert all(found["same_text"] and found["unset"] and found["tuple"] for found in results.values())
-    assert all(len(found["refusals"]) == 2 for found in results.values())
+    assert all(len(found["refusals"]) == 4 for found in results.values())
     assert all(found["tied"] == (name != "untied") for name, found in results.items())
 
 

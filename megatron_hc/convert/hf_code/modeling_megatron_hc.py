@@ -1078,7 +1078,8 @@ class MegatronHCModel(MegatronHCPreTrainedModel):
 def attention_mask_of(given: Tensor | None, S: int, past: int, device) -> Tensor | None:
     """[B, T] with 0 at padding -> [B or 1, 1, S, T], true where a query sees a key; None: causal is enough.
 
-    ``given`` may be [B, 1, S, T or more] of its own: booleans, or what is added to the scores.
+    ``given`` may be [B, 1, S, T or more] of its own: booleans, or what is added to the scores (0 where seen, else a
+    large negative number).
     """
     is_full = given is None or (given.dim() == 2 and bool(given.all()))
     if is_full and (past == 0 or S == 1):
@@ -1090,6 +1091,11 @@ def attention_mask_of(given: Tensor | None, S: int, past: int, device) -> Tensor
     # Padding sees itself: a row without any key would be NaN.
     own = torch.eye(S, T, dtype=torch.bool, device=device).roll(past, 1)
     if given.dim() == 4:
+        if given.dtype != torch.bool and (not given.is_floating_point() or bool((given > 0).any())):
+            raise ValueError(
+                "attention_mask of 4 dims must be booleans, or what is added to the scores (0 where a token is seen), "
+                "not 1 and 0: give it .bool()"
+            )
         return (given if given.dtype == torch.bool else given == 0)[..., :T] | own
     return (causal & given[:, None, None, :T].bool()) | own
 
