@@ -30,7 +30,7 @@ def going_on(options: CheckpointConfig, mesh: Mesh) -> CheckpointConfig:
     """The flags themselves; where Slurm or torchrun has started this job again, those that go on with what it saved.
 
     --load of another folder, --finetune or --ckpt-step say where the first attempt began: with them every further one
-    would throw away, and train again, what the one before had done.
+    would throw away, and train again, what the one before had done. What is not saved is loaded as the flags say.
     """
     resumed = dataclasses.replace(
         options,
@@ -38,8 +38,8 @@ def going_on(options: CheckpointConfig, mesh: Mesh) -> CheckpointConfig:
         ckpt_step=None,
         finetune=False,
         moe_use_upcycling=False,
-        load_optim=True,
-        load_rng=True,
+        load_optim=options.load_optim or options.save_optim,
+        load_rng=options.load_rng or options.save_rng,
     )
     is_own = False
     with all_ranks(mesh):
