@@ -17,6 +17,7 @@ from megatron_hc.checkpoint_folder import (
     latest_iteration,
     read_manifest,
 )
+from megatron_hc.checkpoint_foreign import check_not_megatrons
 from megatron_hc.checkpoint_ranks import all_ranks, gather
 from megatron_hc.config.training import CheckpointConfig
 from megatron_hc.mesh import Mesh
@@ -130,10 +131,11 @@ def newer_checkpoint(save: str | None, iteration: int) -> int | None:
     return newest if newest is not None and newest > iteration else None
 
 
-def check_not_locked(save: str, mesh: Mesh) -> None:
-    """Refuse a --save that another job is writing to, before anything is built."""
+def check_not_taken(save: str, mesh: Mesh) -> None:
+    """Refuse a --save that Megatron-LM has written to or another job is writing to, before anything is built."""
     with all_ranks(mesh):
         if mesh.is_first:
+            check_not_megatrons(save)
             check_lock(save)
 
 

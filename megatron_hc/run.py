@@ -13,7 +13,7 @@ import torch
 
 from megatron_hc import checkpoint
 from megatron_hc.backends import Fp8State, attach_backends, check_backends, checkpoint_of
-from megatron_hc.checkpoint_access import check_not_locked, choose, going_on, newer_checkpoint
+from megatron_hc.checkpoint_access import check_not_taken, choose, going_on, newer_checkpoint
 from megatron_hc.cli import Parsed, describe, dump
 from megatron_hc.config import TrainConfig
 from megatron_hc.cpu_memory import keep_freed_memory
@@ -107,8 +107,7 @@ def set_up(parsed: Parsed, mesh: Mesh | None = None, stop: StopRequest | None = 
         keep_freed_memory()
     if config.checkpoint.save is not None:
         checkpoint.check_save_folder(config.checkpoint.save)
-        checkpoint.check_not_megatrons(config.checkpoint.save)
-        check_not_locked(config.checkpoint.save, mesh)
+        check_not_taken(config.checkpoint.save, mesh)
     config = dataclasses.replace(config, checkpoint=going_on(config.checkpoint, mesh))
     check_kernels(config, mesh)
     tokenizer = tokenizer_of(config.data)

@@ -46,7 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint_ranks": {"mesh", "stored"},
     "checkpoint_folder": {"checkpoint_foreign", "folders"},
     "checkpoint_foreign": set(),
-    "checkpoint_access": {"checkpoint_folder", "checkpoint_ranks", "config", "mesh", "save_lock"},
+    "checkpoint_access": {
+        *("checkpoint_folder", "checkpoint_foreign", "checkpoint_ranks", "config", "mesh", "save_lock")
+    },
     "stored": set(),
     "state": {"mesh", "model", "parallel", "stored"},
     "connections": {"model", "residual"},
