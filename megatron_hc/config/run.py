@@ -12,9 +12,13 @@ from megatron_hc.config.evaluation import EvaluationConfig
 from megatron_hc.config.model import ModelConfig
 from megatron_hc.config.optimizer import OptimizerConfig
 from megatron_hc.config.parallel import ParallelConfig
+from megatron_hc.config.residual import MIXING
 from megatron_hc.config.training import CheckpointConfig, LogConfig, TrainingConfig
 from megatron_hc.config.zero import ZeroConfig
 from megatron_hc.pipeline_layout import check_micro_batches
+
+STREAMS_OF_CPP = 8
+"""Of ``kernels/boundary.cpp``, whose loops over streams are unrolled: its MAX_STREAMS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,17 @@ class TrainConfig:
         require(
             self.model.fused_residual or backend == "auto",
             f"--fused-residual-backend {backend} and --no-fused-residual exclude each other",
+        )
+        method, streams = self.model.residual.residual_connection, self.model.residual.residual_streams
+        require(
+            backend != "cpp" or method not in MIXING or streams <= STREAMS_OF_CPP,
+            f"--fused-residual-backend cpp takes 1 to {STREAMS_OF_CPP} streams, not --residual-streams {streams}: use "
+            "torch or auto",
+        )
+        require(
+            backend != "cpp" or not self.training.compile or self.parallel.recomputes_residual,
+            "--fused-residual-backend cpp and --compile exclude each other: a compiler makes its own code of what is "
+            "between sublayers (but not under --recompute-modules residual): leave out one of them",
         )
 
     def _validate_backends(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_hc.config.run import STREAMS_OF_CPP
 from megatron_hc.kernels import boundary_cpp
 from megatron_hc.kernels.boundary import boundary, check_backend, fold, folds
 from megatron_hc.kernels.coefficients import Form, coefficients
@@ -274,6 +275,11 @@ def test_threads_change_no_bit(backend: str) -> None:
     # Of a matrix product over all tokens (W's gradient) only the order of sums may differ.
     for one, many in zip(*found, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
+
+
+def test_how_many_streams_cpp_takes() -> None:
+    """The command line refuses more, and cannot read the source."""
+    assert f"constexpr int MAX_STREAMS = {STREAMS_OF_CPP};" in boundary_cpp.SOURCE.read_text()
 
 
 def test_cpp_is_built_to_run_on_all_threads() -> None:

@@ -38,6 +38,19 @@ REFUSED = [
         "",
         "--residual-streams (5) must divide --hidden-size (64) with --residual-connection frac",
     ),
+    *(
+        (
+            f"--residual-connection {method} --residual-streams 9 --fused-residual-backend cpp --hidden-size 72",
+            "--hidden-size 64",
+            "--fused-residual-backend cpp takes 1 to 8 streams, not --residual-streams 9: use torch or auto",
+        )
+        for method in ("hyper", "frac", "mhc")
+    ),
+    (
+        "--residual-connection hyper --fused-residual-backend cpp --compile",
+        "",
+        "--fused-residual-backend cpp and --compile exclude each other",
+    ),
     ("--num-layers 0", "", "--num-layers (0) must be given and positive"),
     ("--hidden-size -1", "", "--hidden-size (-1) must be given and positive"),
     ("--num-attention-heads 0", "", "--num-attention-heads (0) must be given and positive"),
@@ -278,6 +291,7 @@ def test_refused_in_one_sentence(extra: str, without: str, message: str) -> None
         ("--position-embedding-type rope --rotary-percent 0.5 --max-position-embeddings 64", ""),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 4", ""),
         ("--recompute-granularity selective --recompute-modules mlp residual", ""),
+        ("--recompute-granularity selective --recompute-modules residual --compile --fused-residual-backend cpp", ""),
         ("--train-data-path a --valid-data-path b", "--mock-data"),
         ("--global-batch-size 12", ""),
         ("--rampup-batch-size 4 4 40 --global-batch-size 12 --train-samples 98", "--train-iters 10"),
