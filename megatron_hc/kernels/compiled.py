@@ -18,6 +18,15 @@ def own(x: Tensor) -> Tensor:
     return x.view_as(x) if torch.compiler.is_compiling() else x
 
 
+def is_compiled_without_gradients() -> bool:
+    """Whether an autograd Function of any number of tensors is to be left out, here where it would keep nothing.
+
+    Without gradients torch 2.13's compiler runs ``forward`` itself, and leaves out ``ctx`` where there are as many
+    arguments as parameters: ``forward(ctx, x, *states)`` with two states. Its graph then ends there.
+    """
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
 def gated(h: Tensor) -> Tensor:
     """``swiglu``; under a compiler its formula, which joins what is around it."""
     return swiglu_reference(h) if torch.compiler.is_compiling() else swiglu(h)

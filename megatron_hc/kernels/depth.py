@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hc.kernels.compiled import own
+from megatron_hc.kernels.compiled import is_compiled_without_gradients, own
 
 
 def weighted_sum_reference(weights: Tensor, states: Sequence[Tensor]) -> Tensor:
@@ -30,7 +30,7 @@ def weighted_sum(weights: Tensor, states: Sequence[Tensor]) -> Tensor:
     Accumulated in the weights' dtype, which is at least fp32, and rounded to the states' dtype once.
     """
     assert weights.shape[-1] == len(states), f"{weights.shape[-1]} weights for {len(states)} states"
-    return _WeightedSum.apply(weights, *states)
+    return _sum(weights, states) if is_compiled_without_gradients() else _WeightedSum.apply(weights, *states)
 
 
 def key_scores_reference(query: Tensor, states: Sequence[Tensor], eps: float) -> Tensor:
@@ -41,17 +41,29 @@ def key_scores_reference(query: Tensor, states: Sequence[Tensor], eps: float) ->
 
 def key_scores(query: Tensor, states: Sequence[Tensor], eps: float) -> Tensor:
     """query . (state_j / sqrt(mean(state_j^2) + eps)): query [C] in at least fp32 -> [S, B, J] in its dtype."""
-    return _KeyScores.apply(query, eps, *states)
+    return _scores(query, eps, states) if is_compiled_without_gradients() else _KeyScores.apply(query, eps, *states)
+
+
+def _sum(weights: Tensor, states: Sequence[Tensor]) -> Tensor:
+    total = weights[..., 0:1] * states[0].to(weights.dtype)  # [S, B, W, 1] * [S, B, 1, C]
+    for j in range(1, len(states)):
+        total = total + weights[..., j : j + 1] * states[j].to(weights.dtype)
+    return total.to(states[0].dtype)
+
+
+def _scores(query: Tensor, eps: float, states: Sequence[Tensor]) -> Tensor:
+    scores = []
+    for state in states:
+        wide = state.squeeze(2).to(query.dtype)  # [S, B, C]
+        scores.append((wide @ query) * _inverse_rms(wide, eps))
+    return torch.stack(scores, dim=-1)
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, *states: Tensor) -> Tensor:
         ctx.save_for_backward(weights, *states)
-        total = weights[..., 0:1] * states[0].to(weights.dtype)  # [S, B, W, 1] * [S, B, 1, C]
-        for j in range(1, len(states)):
-            total = total + weights[..., j : j + 1] * states[j].to(weights.dtype)
-        return own(total.to(states[0].dtype))
+        return own(_sum(weights, states))
 
     @staticmethod
     @once_differentiable
@@ -74,11 +86,7 @@ class _KeyScores(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, eps: float, *states: Tensor) -> Tensor:
         ctx.eps = eps
         ctx.save_for_backward(query, *states)
-        scores = []
-        for state in states:
-            wide = state.squeeze(2).to(query.dtype)  # [S, B, C]
-            scores.append((wide @ query) * _inverse_rms(wide, eps))
-        return torch.stack(scores, dim=-1)
+        return _scores(query, eps, states)
 
     @staticmethod
     @once_differentiable

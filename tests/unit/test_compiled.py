@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 from megatron_hc.config import MoEConfig, ParallelConfig
 from megatron_hc.kernels.compiled import gated, own, turned
+from megatron_hc.kernels.depth import key_scores, weighted_sum
 from megatron_hc.kernels.swiglu import swiglu
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.layer import TransformerLayer
@@ -200,6 +201,21 @@ def test_layers_compile_on_a_gpu(method: str) -> None:
     assert abs(loss / expected_loss - 1) < 1e-5
     errors = {name: ((found[name] - g).norm() / g.norm()).item() for name, g in expected.items()}
     assert max(errors.values()) < 1e-3, errors
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_evaluation_looks_back_in_one_graph(number: int) -> None:
+    """Over as many states as torch 2.13 takes for no ``ctx``, too."""
+    torch._dynamo.reset()
+    states = [torch.randn(3, 2, 1, 4) for _ in range(number)]
+    weights, query = torch.randn(3, 2, 5, number), torch.randn(4)
+
+    def look(weights: Tensor, query: Tensor, *states: Tensor) -> tuple[Tensor, Tensor]:
+        return weighted_sum(weights, states), key_scores(query, states, 1e-5)
+
+    with torch.no_grad():
+        found = torch.compile(look, fullgraph=True, backend="eager")(weights, query, *states)
+    torch.testing.assert_close(found, look(weights, query, *states))
 
 
 class Doubled(torch.autograd.Function):
