@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_hc.data.tokenizer import Tokenizer
 from megatron_hc.inference.decoder import Decoder
 from megatron_hc.inference.text import TextWriter
-from megatron_hc.model.generate import Sampling, check_room, choose
+from megatron_hc.model.generate import Sampling, check_room, choose, largest
 
 MAX_PREFILL_TOKENS = 4096  # of prompts that are read in one step, padding included: running texts wait for them
 Finish = Literal["stop", "length", "cancelled"]
@@ -208,6 +208,6 @@ def _chosen(logits: Tensor, texts: Sequence[Generation], has_logprobs: bool, num
         logprobs = logits.double().log_softmax(-1)
         parts.append(logprobs.gather(1, tokens.unsqueeze(1)))
         if num_top:
-            top = logprobs.topk(num_top)
-            parts.append(torch.stack((top.indices.double(), top.values), dim=-1).flatten(1))
+            values, indices = largest(logprobs, num_top)
+            parts.append(torch.stack((indices.double(), values), dim=-1).flatten(1))
     return torch.cat(parts, dim=1)

@@ -73,7 +73,7 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float
     candidates = None
     if cuts:
         limits = [sampling.top_k or logits.shape[1] for sampling in samplings]
-        logits, candidates = _largest(logits, min(max(limits), logits.shape[1]))  # [B, K]
+        logits, candidates = largest(logits, min(max(limits), logits.shape[1]))  # [B, K]
         places = torch.arange(logits.shape[1], device=logits.device)
         probabilities = logits.masked_fill(places >= column(limits), float("-inf")).softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
@@ -91,15 +91,20 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniform: Sequence[float
     return (picked if candidates is None else candidates.gather(1, picked)).squeeze(1)
 
 
-def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and where they are, in order; of equal ones the lower index first."""
-    if k < logits.shape[1] // 4:
-        values, indices = logits.topk(k)
-        # topk says nothing about equal values: sort these few again by index, then by value.
-        indices = indices.sort(-1).values
-        order = logits.gather(1, indices).sort(dim=-1, descending=True, stable=True)
-        return order.values, indices.gather(1, order.indices)
-    ordered = logits.sort(dim=-1, descending=True, stable=True)
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[B, V] -> the k largest of each row and where they are, [B, k], in order; of equal ones the lower index first.
+
+    So the first ones are the same whatever k is: what a text takes of them does not depend on what its neighbours need.
+    """
+    if k < values.shape[1] // 4:
+        # topk says nothing about equal values, not even which of them it takes: take all that equal the last one,
+        # and sort these few again by index, then by value.
+        last = values.topk(k).values[:, -1:]
+        count = int((values >= last).sum(-1).max())  # 0 for rows of NaN
+        indices = values.topk(max(count, k)).indices.sort(-1).values
+        ordered = values.gather(1, indices).sort(dim=-1, descending=True, stable=True)
+        return ordered.values[:, :k], indices.gather(1, ordered.indices[:, :k])
+    ordered = values.sort(dim=-1, descending=True, stable=True)
     return ordered.values[:, :k], ordered.indices[:, :k]
 
 

@@ -14,7 +14,7 @@ from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
 from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_hc.inference import Decoder, Engine, Request, TextWriter
 from megatron_hc.mesh import Mesh
-from megatron_hc.model.generate import Sampling, choose, generate
+from megatron_hc.model.generate import Sampling, choose, generate, largest
 from megatron_hc.model.gpt import GPT
 
 TOKENIZER = NullTokenizer(VOCAB - 1)
@@ -164,6 +164,20 @@ def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     ]  # fmt: skip
     together = choose(logits, samplings, [4] * 6).tolist()
     assert together == [int(choose(logits[i : i + 1], [samplings[i]], [4])) for i in range(6)]
+
+
+def test_equally_likely_tokens_at_the_edge_of_top_k() -> None:
+    """Logits in bf16 are often equal: the lower index is taken, whatever the neighbours and the vocabulary's size."""
+    numbers = torch.Generator().manual_seed(0)
+    for vocab in (5, 50, 400):
+        logits = torch.randn(8, vocab, generator=numbers).round()
+        for k in (1, 2, 9, vocab // 2):
+            ordered = logits.sort(dim=-1, descending=True, stable=True)
+            values, indices = largest(logits, min(k, vocab))
+            assert values.equal(ordered.values[:, :k]) and indices.equal(ordered.indices[:, :k]), (vocab, k)
+        samplings = [Sampling(top_k=1 + row, top_p=0.9, seed=row) for row in range(7)] + [Sampling(top_k=vocab - 1)]
+        together = choose(logits, samplings, [4] * 8).tolist()
+        assert together == [int(choose(logits[i : i + 1], [samplings[i]], [4])) for i in range(8)], vocab
 
 
 # Text
