@@ -32,6 +32,8 @@ from megatron_hc.model.generate import Sampling, generate
 from megatron_hc.model.gpt import GPT
 from megatron_hc.residual_stats import Stats, measure
 
+PROMPT, SAMPLES = "The ", 8
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -90,13 +92,28 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="folder of --save")
     parser.add_argument("--step", type=int, help="iteration (default: the last)")
     parser.add_argument("--input", type=Path, help="a text to measure on (default: what the model writes)")
-    parser.add_argument("--prompt", default="The ", help="what the model continues without --input")
-    parser.add_argument("--samples", type=int, default=8, help="windows of the text (default: 8)")
+    parser.add_argument("--prompt", help=f"what the model continues without --input (default: {PROMPT!r})")
+    parser.add_argument("--samples", type=int, help=f"windows of the text of --input (default: {SAMPLES})")
     parser.add_argument("--output", type=Path, required=True, help="the page to write, .html")
     parser.add_argument("--png", type=Path, help="a picture, .png")
     parser.add_argument("--tokenizer-model", help="the tokenizer's file, if it has moved since training")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:K (default: cpu)")
     return parser.parse_args(argv)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse, before the model is loaded, what would do nothing or could not be written."""
+    if options.samples is not None and options.samples < 1:
+        raise ValueError(f"--samples ({options.samples}) must be at least 1")
+    if options.samples is not None and options.input is None:
+        raise ValueError("--samples would do nothing without --input: the model's own text is one sample")
+    if options.prompt is not None and options.input is not None:
+        raise ValueError("--prompt would do nothing with --input: leave one of them out")
+    if options.png is not None and options.png.absolute() == options.output.absolute():
+        raise ValueError(f"--png and --output both name {options.png}: give them different files")
+    for flag, file in (("--output", options.output), ("--png", options.png)):
+        if file is not None and file.is_dir():
+            raise ValueError(f"{flag} {file} is a folder: name a file")
 
 
 # Measuring
@@ -105,10 +122,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def tokens_of(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> Tensor:
     """[samples, S] token ids: windows of the text, as long as a training sample or the whole text if that is short."""
     length = model.config.seq_length
-    if options.samples < 1:
-        raise ValueError(f"--samples ({options.samples}) must be at least 1")
+    samples = SAMPLES if options.samples is None else options.samples
     if options.input is None:
-        ids = list(tokenizer.tokenize(options.prompt))
+        ids = list(tokenizer.tokenize(PROMPT if options.prompt is None else options.prompt))
         if len(ids) >= length:
             raise ValueError(f"--prompt has {len(ids)} tokens, which fill a training sample ({length}): shorten it")
         new = generate(model, ids, length - len(ids), Sampling(top_p=0.95), eod=tokenizer.eod)
@@ -118,11 +134,11 @@ def tokens_of(model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> 
             text = options.input.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--input {options.input} cannot be read: {error}") from error
-        ids = list(tokenizer.tokenize(text[: 64 * options.samples * length]))
+        ids = list(tokenizer.tokenize(text[: 64 * samples * length]))
     length = min(length, len(ids))
     if length < 2:
         raise ValueError("the text has fewer than 2 tokens: give --input a longer one")
-    count = min(options.samples, len(ids) // length)
+    count = min(samples, len(ids) // length)
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
@@ -270,6 +286,7 @@ def draw(title: str, stats: Stats, matrix: Sequence[Sequence[float]], num_layers
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     with exit_on_user_error("inspect_residual.py"):
+        check(options)
         model, tokenizer, config, folder, _ = load_model(
             options.checkpoint, options.step, device=options.device, tokenizer_model=options.tokenizer_model
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,8 +70,10 @@ def load_model(
         mesh: of processes that are already joined.
 
     Raises ``ValueError`` in one sentence for a folder without a whole checkpoint, a tokenizer that cannot be read and
-    a layout that cannot work.
+    a layout that cannot work, and for a device that is not there.
     """
+    if layout is None and mesh is None:
+        _check_device(device)
     folder = checkpoint.find(root, step)
     config = single_process(from_flat(checkpoint.read_arguments(folder) | ANY_KERNELS | dict(changes or {})))
     if dtype is not None:
@@ -150,6 +153,15 @@ def joined(config: TrainConfig) -> Mesh:
     config.parallel.validate(config.model)
     config.parallel.data_parallel_size(place_of().world_size)
     return join(config)
+
+
+def _check_device(device: str) -> None:
+    """Refuse what torch would: of several processes ``join`` does it."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device} must be auto, cpu, cuda or cuda:K")
+    there = torch.cuda.device_count()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= there:
+        raise ValueError(f"--device {device} is not there: torch finds {there} CUDA devices; use --device cpu")
 
 
 def _kind(device: str) -> Any:

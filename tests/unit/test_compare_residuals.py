@@ -175,6 +175,26 @@ def test_refusals(arguments: list[str], message: str, tmp_path: Path, capfd: pyt
     assert caught.value.code == 2 and re.search(message, capfd.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--samples 3", "--samples would do nothing without --input"),
+        ("--samples 0 --input x", "--samples (0) must be at least 1"),
+        ("--prompt The --input x", "--prompt would do nothing with --input"),
+        ("--png page.html", "--png and --output both name page.html"),
+        ("--png .", "--png . is a folder"),
+        ("--device nonsense", "--device nonsense must be auto, cpu, cuda or cuda:K"),
+        ("--device meta", "--device meta must be"),
+        ("--device cuda:99", "--device cuda:99 is not there"),
+    ],
+)
+def test_refusals_of_inspect_residual(arguments: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before anything is loaded: there is no checkpoint."""
+    with pytest.raises(SystemExit) as caught:
+        inspect.main(["nowhere", "--output", "page.html", *arguments.split()])
+    assert caught.value.code == 2 and message in capfd.readouterr().err
+
+
 def test_runs_resumes_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two methods, one seed; a task at a time as on a cluster; what is done is not done again."""
     text = tmp_path / "text.txt"
