@@ -88,6 +88,7 @@ def differences(one: Path, other: Path, pattern: str) -> Iterator[str]:
 def tensor_differences(a: Tensor, b: Tensor) -> Iterator[str]:
     if a.dtype != b.dtype:
         yield f"{kind_of(a.dtype)} and {kind_of(b.dtype)}"
+        a, b = a.double(), b.double()  # torch does not compare every pair of dtypes
     both_nan = a.isnan() & b.isnan() if a.is_floating_point() and b.is_floating_point() else torch.zeros(())
     count = int(((a != b) & ~both_nan.bool()).sum())
     if count:
@@ -107,7 +108,9 @@ def _require_match(pattern: str, *folders: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0, 1 for checkpoints that differ, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("checkpoint", help="an iter_N folder, or a folder of them: the latest")
     parser.add_argument("--diff", metavar="OTHER", help="list the differences from another checkpoint")
     parser.add_argument("--filter", default="*", metavar="PATTERN", help="tensors to look at, as a shell pattern")
@@ -117,6 +120,9 @@ def main(argv: list[str]) -> int:
     with exit_on_user_error("inspect_checkpoint.py"):
         folder = folder_of(options.checkpoint)
         if options.diff is not None:
+            idle = [f"--{name.replace('_', '-')}" for name in ("no_norms", "no_arguments") if getattr(options, name)]
+            if idle:
+                raise ValueError(f"{' and '.join(idle)} would do nothing with --diff: leave it out")
             other = folder_of(options.diff)
             _require_match(options.filter, folder, other)
             found = list(differences(folder, other, options.filter))

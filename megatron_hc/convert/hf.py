@@ -25,6 +25,8 @@ from megatron_hc.data import tokenizer_of
 from megatron_hc.model.gpt import GPT
 
 ORIGIN = "checkpoint"
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of all tensors of our models."""
 Say = Callable[[str], None]
 
 
@@ -233,7 +235,8 @@ def check_ours(source: Folder, model: ModelConfig, vocab_size: int) -> dict[str,
         for name, shape in shapes.items()
         if name in held and held[name].shape != shape
     ]
-    lists = (("missing", missing), ("unexpected", extra), ("of a wrong shape", wrong))
+    odd = [f"{name} is {spec.dtype}" for name, spec in held.items() if name in shapes and spec.dtype not in DTYPES]
+    lists = (("missing", missing), ("unexpected", extra), ("of a wrong shape", wrong), ("of a wrong dtype", odd))
     problems = [f"{len(names)} tensors {what}: {listed(names)}" for what, names in lists if names]
     if problems:
         raise ValueError(f"{source.path} does not hold what its arguments say: {'; '.join(problems)}")

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import convert_checkpoint  # noqa: E402
 import retrofit_residual  # noqa: E402
 
+from megatron_hc.convert.checkpoints import Folder, save_weights  # noqa: E402
 from megatron_hc.convert.families import family_of  # noqa: E402
 from megatron_hc.convert.names import NAMES  # noqa: E402
-from megatron_hc.convert.shards import FileWriter  # noqa: E402
+from megatron_hc.convert.shards import FileWriter, Spec  # noqa: E402
 
 pytest.importorskip("transformers")
 TO_OURS, TO_HF = ["--from", "hf", "--to", "megatron-hc"], ["--from", "megatron-hc", "--to", "hf"]
@@ -199,6 +200,23 @@ def test_a_checkpoint_of_ours_that_lies(
     write_checkpoint(tmp_path / "ours", small_config(), **{name: value})
     assert tool(*TO_HF, "--load", tmp_path / "ours", "--save", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_tensors_of_ours_that_are_no_numbers_of_a_model(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path / "ours", small_config())
+    source = Folder(str(tmp_path / "ours"))
+    tensors = {name: source.read(name) for name in source.specs}
+    tensors["model.embedding.weight"] = tensors["model.embedding.weight"].to(dtype)
+    specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    arguments = json.loads((source.path / "arguments.json").read_text())
+    save_weights(str(tmp_path / "odd"), 0, specs, tensors.__getitem__, source.state, arguments)
+    assert tool(*TO_HF, "--load", tmp_path / "odd", "--save", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"1 tensors of a wrong dtype: embedding.weight is {dtype}" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
 
 

@@ -85,6 +85,15 @@ def test_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "model.b: float32 and bfloat16" in capsys.readouterr().out
 
 
+def test_differences_of_dtypes_that_torch_does_not_compare() -> None:
+    narrow = torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)
+    assert list(inspect_checkpoint.tensor_differences(torch.tensor([1.0, 2.0]), narrow)) == [
+        "float32 and float8_e4m3fn"
+    ]
+    _, numbers = inspect_checkpoint.tensor_differences(torch.tensor([1.0, 2.5]), narrow)
+    assert numbers.startswith("1 of 2 numbers differ, by at most 5.000e-01")
+
+
 def test_consolidated_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     halves = tuple(((row, 0), tensors()["model.a"][row : row + 1].clone()) for row in range(2))
     whole = tensors() | {"model.a": Stored((2, 2), torch.float32, halves)}
@@ -110,6 +119,8 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         (inspect_checkpoint, [tmp_path / "none"], "is not a folder"),
         (inspect_checkpoint, [folder, "--filter", "x*"], "--filter 'x*' matches none of the 4 tensors"),
         (inspect_checkpoint, [damaged], "is not a whole checkpoint"),
+        (inspect_checkpoint, [folder, "--diff", folder, "--no-norms"], "--no-norms would do nothing with --diff"),
+        (inspect_checkpoint, [folder, "--diff", folder, "--no-arguments"], "--no-arguments would do nothing with"),
         (consolidate_checkpoint, [tmp_path / "none", tmp_path / "x"], "is not a folder"),
         (consolidate_checkpoint, [folder, tmp_path / "none" / "x"], "cannot be written"),
         (consolidate_checkpoint, ["--back", tmp_path / "text", tmp_path / "b"], "cannot be read as a safetensors file"),
