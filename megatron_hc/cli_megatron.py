@@ -445,5 +445,4 @@ NOT_NEEDED: dict[str, NotNeeded] = {
 
 def instead_of(name: str) -> str | None:
     """What to do instead of a flag (underscores) that is known and not offered; None for any other."""
-    family = next((prefix for prefix in FAMILIES if name.startswith(prefix)), None)
-    return REPLACED.get(name) or (FAMILIES[family] if family is not None else None)
+    return REPLACED.get(name) or next((why for prefix, why in FAMILIES.items() if name.startswith(prefix)), None)
