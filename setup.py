@@ -22,6 +22,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "ruff",
         "mypy",
@@ -43,6 +44,8 @@ EXTRAS = {
         "tokenizers",
         "torchao>=0.18",
         "transformers>=5.0",
+        # Its kernels run in its interpreter and are compiled without a GPU; torch's CPU build does not bring it.
+        "triton>=3.6; platform_system == 'Linux'",
         "uvicorn>=0.30",
         "zstandard",
     ],

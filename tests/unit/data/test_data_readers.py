@@ -54,6 +54,7 @@ def found(tmp_path: Path) -> list[str]:
         ("c.jsonl.zst", zst(LINES)),
         ("c.ndjson.zst", zst(LINES[:30]) + b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zst(LINES[30:])),
     ],
+    ids=["one", "gzip", "two-gzips-and-zeros", "zstd", "two-zstds-and-a-skipped-frame"],  # gzip writes the time
 )
 def test_compressed_files(preprocess, tmp_path, name, content) -> None:
     (tmp_path / name).write_bytes(content)
