@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_hc.cli import exit_on_user_error
 
@@ -59,11 +60,13 @@ def convert(arguments: argparse.Namespace) -> None:
     import torch
 
     from megatron_hc.convert import hf, logits, megatron
-    from megatron_hc.convert.checkpoints import Folder
+    from megatron_hc.convert.checkpoints import Folder, kept_if_right
 
     check_flags(arguments)
     if arguments.check_logits and arguments.source == "megatron":
         raise ValueError("--check-logits needs both models: Megatron-LM's cannot be run here")
+    if arguments.check_logits:
+        logits.import_transformers()  # asked for before hours of conversion
     if arguments.max_shard_size <= 0:
         raise ValueError(f"--max-shard-size must be positive, not {arguments.max_shard_size:g}")
     options = hf.Options(
@@ -74,12 +77,21 @@ def convert(arguments: argparse.Namespace) -> None:
     if (arguments.source, arguments.target) == ("hf", "megatron-hc"):
         folder = hf.import_hf(arguments.load, arguments.save, seq_length=arguments.seq_length, options=options)
         if arguments.check_logits:
-            logits.check_logits(arguments.load, *logits.root_of(folder), print, options.dtype)
+            with kept_if_right(folder):
+                logits.check_logits(arguments.load, *logits.root_of(folder), print, options.dtype)
     elif (arguments.source, arguments.target) == ("megatron-hc", "hf"):
-        hf.export_hf(arguments.load, arguments.save, step=arguments.ckpt_step, family=arguments.family, options=options)
-        if arguments.check_logits:
+
+        def check(exported: Path) -> None:
             ours = logits.root_of(Folder(arguments.load, arguments.ckpt_step).path)
-            logits.check_logits(arguments.save, *ours, print, options.dtype)
+            logits.check_logits(str(exported), *ours, print, options.dtype)
+
+        hf.export_hf(
+            *(arguments.load, arguments.save),
+            step=arguments.ckpt_step,
+            family=arguments.family,
+            options=options,
+            check=check if arguments.check_logits else None,
+        )
     elif (arguments.source, arguments.target) == ("megatron", "megatron-hc"):
         if not arguments.allow_pickle:
             raise ValueError(

@@ -35,7 +35,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def convert(arguments: argparse.Namespace, flags: list[str], load: str) -> None:
     from megatron_hc.convert import logits, rmsnorm
-    from megatron_hc.convert.checkpoints import Folder
+    from megatron_hc.convert.checkpoints import Folder, kept_if_right
     from megatron_hc.convert.retrofit import retrofit
 
     if arguments.pre_rmsnorm:
@@ -47,7 +47,8 @@ def convert(arguments: argparse.Namespace, flags: list[str], load: str) -> None:
     print(f"{load} in {folder}")
     if arguments.check_logits:
         before = logits.root_of(Folder(load, arguments.ckpt_step).path)
-        logits.check_ours(before, logits.root_of(folder), print)
+        with kept_if_right(folder):
+            logits.check_ours(before, logits.root_of(folder), print)
 
 
 def main(argv: list[str]) -> int:

@@ -12,13 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from megatron_hc import checkpoint
-from megatron_hc.checkpoint_folder import MANIFEST, beside, folder_name
+from megatron_hc.checkpoint_folder import MANIFEST, TRACKER, beside, folder_name, remove
 from megatron_hc.cli_options import dump, options
 from megatron_hc.config import TrainConfig
 from megatron_hc.convert.shards import Spec
 
 FILE_BYTES = 1 << 28
 """Of one file of ours at most, if it is more than one tensor: twice as much is in memory while it is written."""
+
+UNFINISHED = ".unfinished"
+"""An empty file in a folder that a conversion is writing: without it a folder is not a conversion's to delete."""
 
 
 class Folder:
@@ -74,19 +77,31 @@ def save_weights(
 
 
 @contextmanager
+def kept_if_right(folder: Path) -> Iterator[None]:
+    """Look at a checkpoint that ``save_weights`` has just written; where that fails, nothing is left of it."""
+    try:
+        yield
+    except BaseException:
+        (folder.parent / TRACKER).unlink(missing_ok=True)
+        remove(folder)
+        raise
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write in, which becomes ``path`` at the end, or goes where something fails."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--save {path} exists and is not an empty folder: choose another")
     partial = path.absolute().with_name(path.absolute().name + ".tmp")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
+        _clear_own(partial)
         partial.mkdir(parents=True)
+        (partial / UNFINISHED).touch()
     except OSError as error:
         raise ValueError(f"--save {path} cannot be written ({error.strerror}): choose another folder") from error
     try:
         yield partial
+        (partial / UNFINISHED).unlink()
         if path.exists():
             path.rmdir()
         os.replace(partial, path)
@@ -96,3 +111,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _clear_own(partial: Path) -> None:
+    """Delete what a conversion that was killed left; ``ValueError`` for anything else of that name."""
+    if not os.path.lexists(partial):
+        return
+    is_folder = partial.is_dir() and not partial.is_symlink()
+    if not is_folder or (any(partial.iterdir()) and not (partial / UNFINISHED).exists()):
+        raise ValueError(
+            f"{partial} is in the way: a conversion writes there before it takes the name of --save, and this one was "
+            "not left by a conversion: move it, or choose another --save"
+        )
+    shutil.rmtree(partial)

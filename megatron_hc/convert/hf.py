@@ -176,8 +176,19 @@ def _spec_of_ours(piece: Piece, weights: ShardedFolder, dtype: torch.dtype | Non
     return Spec(tuple(piece.join(shapes).shape), dtype or widest)
 
 
-def export_hf(load: str, save: str, *, step: int | None, family: str | None, options: Options) -> Path:
-    """Write a folder that transformers loads, of one of our checkpoints; returns it."""
+def export_hf(
+    load: str,
+    save: str,
+    *,
+    step: int | None,
+    family: str | None,
+    options: Options,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write a folder that transformers loads, of one of our checkpoints; returns it.
+
+    ``check`` is called with the finished folder before that takes its name: where it raises, nothing is left.
+    """
     source = Folder(load, step)
     config = from_flat(source.arguments)
     if options.tokenizer_model is not None:
@@ -200,6 +211,8 @@ def export_hf(load: str, save: str, *, step: int | None, family: str | None, opt
             hf_config = config_of(chosen, model, vocab_size, dtype)
         text = json.dumps(hf_config | extra, indent=2, sort_keys=True) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
+        if check is not None:
+            check(partial)
     if config.data.tokenizer_type in ("ByteTokenizer", "TikTokenizer"):
         options.say(f"no tokenizer files: transformers has none for --tokenizer-type {config.data.tokenizer_type}")
     code = "modelling code of its own (load it with trust_remote_code=True)" if chosen is None else f"family {chosen}"

@@ -14,6 +14,7 @@ from megatron_hc.inference import load_model
 
 TOLERANCE = 1e-4
 """Largest difference of two logits over the largest logit: sums in another order, fp32, tens of layers."""
+NOT_KEPT = "what was converted is not kept; convert without --check-logits to look into it"
 TEXT = (
     "Residual connections let a network of a hundred layers start as something close to the identity.\n"
     "La somme des carr\u00e9s des c\u00f4t\u00e9s: 3\u00b2 + 4\u00b2 = 5\u00b2. def f(x): return x ** 2"
@@ -33,9 +34,13 @@ def check_logits(
         ours, tokenizer, config, _, _ = load_model(our_folder, step, dtype="float32")
         # Code in a folder runs only where this project has written it.
         is_custom = read_json(Path(hf_folder) / "config.json").get("model_type") == MODEL_TYPE
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            hf_folder, dtype=torch.float32, trust_remote_code=is_custom, local_files_only=True
-        ).eval()
+        try:
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(
+                hf_folder, dtype=torch.float32, trust_remote_code=is_custom, local_files_only=True
+            ).eval()
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--check-logits: {hf_folder} cannot be loaded ({reason}): {NOT_KEPT}") from error
         if dtype is not None:
             for value in (*ours.state_dict().values(), *theirs.state_dict().values()):
                 value.copy_(value.to(dtype))
@@ -52,7 +57,7 @@ def check_logits(
     if not worst <= TOLERANCE:
         raise ValueError(
             f"--check-logits: logits of {our_folder} and {hf_folder} differ by {worst:.2e} of the largest logit, "
-            f"which is more than rounding ({TOLERANCE:.0e}): one of the two models is wrong"
+            f"which is more than rounding ({TOLERANCE:.0e}): {NOT_KEPT}"
         )
     return worst
 
@@ -69,7 +74,7 @@ def check_ours(before: tuple[str, int | None], after: tuple[str, int | None], sa
     if not worst <= TOLERANCE:
         raise ValueError(
             f"--check-logits: logits before and after differ by {worst:.2e} of the largest logit, which is more than "
-            f"rounding ({TOLERANCE:.0e})"
+            f"rounding ({TOLERANCE:.0e}): {NOT_KEPT}"
         )
     return worst
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import shutil
 import struct
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import convert_checkpoint  # noqa: E402
 import retrofit_residual  # noqa: E402
 
+from megatron_hc.convert import logits  # noqa: E402
 from megatron_hc.convert.checkpoints import Folder, save_weights  # noqa: E402
 from megatron_hc.convert.families import family_of  # noqa: E402
 from megatron_hc.convert.names import NAMES  # noqa: E402
@@ -230,6 +232,51 @@ def test_checkpoints_that_are_there_stay(good: Path, tmp_path: Path, capsys: pyt
         retrofit_residual.main(argv)
     assert capsys.readouterr().err.count("ours holds checkpoints already, the latest of iteration 0") == 2
     assert {path: path.read_bytes() for path in (tmp_path / "ours").rglob("*") if path.is_file()} == before
+
+
+def test_only_a_conversions_own_left_over_is_deleted(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--to hf writes to NAME.tmp first, which may be somebody's."""
+    argv = [*TO_HF, "--load", good / "ours", "--save", tmp_path / "out"]
+    theirs = tmp_path / "out.tmp" / "data"
+    theirs.parent.mkdir()
+    theirs.touch()
+    assert tool(*argv) == 2
+    error = capsys.readouterr().err
+    assert f"{theirs.parent} is in the way" in error and error.count("\n") == 1 and theirs.exists()
+    theirs.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    theirs.parent.rmdir()
+    theirs.parent.symlink_to(tmp_path / "elsewhere")
+    assert tool(*argv) == 2 and "is in the way" in capsys.readouterr().err and theirs.parent.is_symlink()
+    theirs.parent.unlink()
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        killed.setattr(FileWriter, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tool(*argv)
+    assert list(theirs.parent.glob("*.safetensors"))
+    assert tool(*argv) == 0
+    assert not theirs.parent.exists() and not [path for path in (tmp_path / "out").iterdir() if path.name[0] == "."]
+
+
+def test_a_model_that_is_not_the_same_is_not_kept(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody takes the output of a --check-logits that failed for a good one."""
+    monkeypatch.setattr(logits, "TOLERANCE", -1.0)
+    hf, ours = tmp_path / "hf", tmp_path / "ours"
+    assert tool(*TO_HF, "--load", good / "ours", "--save", hf, "--check-logits") == 2
+    assert not hf.exists() and not (tmp_path / "hf.tmp").exists()
+    assert tool(*TO_OURS, "--load", good / "moe", "--save", ours, "--check-logits") == 2
+    assert not list(ours.iterdir())
+    flags = ["--load", str(good / "moe"), "--save", str(ours), "--value-residual", "dense", "--check-logits"]
+    with pytest.raises(SystemExit):
+        retrofit_residual.main(flags)
+    assert not list(ours.iterdir())
+    assert capsys.readouterr().err.count("what was converted is not kept") == 3
+    assert tool(*TO_OURS, "--load", good / "moe", "--save", ours) == 0
 
 
 def test_a_damaged_file_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
