@@ -53,6 +53,8 @@ def check(arguments: argparse.Namespace) -> str | None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if arguments.max_length == 1:
+        raise ValueError("--max-length must be at least 2, not 1: a prompt has a token, and what is written another")
     if not 0 <= arguments.port < 65536:
         raise ValueError(f"--port must be in 0 .. 65535, not {arguments.port}")
     if not arguments.body_timeout > 0 or arguments.shutdown_timeout < 0:

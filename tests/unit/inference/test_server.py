@@ -357,6 +357,7 @@ def tool() -> ModuleType:
         ("--token-file nowhere", "--token-file nowhere cannot be read"),
         ("--port 70000", "--port must be in"),
         ("--max-batch-size 0", "--max-batch-size must be at least 1"),
+        ("--max-length 1", "--max-length must be at least 2, not 1"),
         ("--body-timeout 0", "--body-timeout must be positive"),
     ],
 )
