@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_hc.cli import Parsed, exit_on_user_error, parse
+from megatron_hc.cli import Parsed, exit_on_user_error, parse_with_checkpoint
 
 PROG = "tools/estimate.py"
 
@@ -60,7 +60,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
     if own.price_per_gpu_hour is not None and own.tokens is None:
         raise ValueError("--price-per-gpu-hour needs --tokens, the length of the run")
-    parsed = parse(rest, prog=PROG)
+    parsed = parse_with_checkpoint(rest, prog=PROG)
     changes = {item: getattr(own, item) for item in _figures()}
     hardware = HARDWARE[own.hardware].with_changes(**changes)
     budget = None if own.tokens is None else Budget(own.tokens, own.price_per_gpu_hour)

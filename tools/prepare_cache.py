@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_hc.cli import Parsed, exit_on_user_error, parse
+from megatron_hc.cli import Parsed, exit_on_user_error, parse_with_checkpoint
 from megatron_hc.config import DataConfig
 
 
@@ -24,7 +24,7 @@ def parse_arguments(arguments: list[str]) -> tuple[int, Parsed]:
     )
     parser.add_argument("--world-size", type=int, default=1, help="processes of the run")
     options, rest = parser.parse_known_args(arguments)
-    return options.world_size, parse(rest)
+    return options.world_size, parse_with_checkpoint(rest)
 
 
 def prepare(world_size: int, parsed: Parsed) -> None:

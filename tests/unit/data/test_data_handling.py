@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from data_corpus import files_of, load_tool, megatron_datasets, texts_of, train_config, write_corpus
 
+from megatron_hc import checkpoint
+from megatron_hc.cli import dump, parse
 from megatron_hc.data import ByteTokenizer, IndexedDataset, IndexedDatasetWriter, build_datasets, check_record
 from megatron_hc.data.tokenizer import write_record
+from megatron_hc.mesh import Mesh
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +208,20 @@ def test_prepared_caches_are_those_of_the_run(prepare, tmp_path, capfd, monkeypa
     config = train_config(16, data_path=(prefix,), split="80,10,10", data_cache_path=str(tmp_path / "cache"))
     build_datasets(config, ByteTokenizer(), (40, 32, 16))
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == files
+
+
+def test_prepare_takes_the_arguments_of_a_checkpoint(prepare, tmp_path, capfd) -> None:
+    prefix = write_corpus(tmp_path / "c", [300] * 50)
+    flags = f"--load {tmp_path / 'run'} --micro-batch-size 2 --train-iters 5 --eval-iters 0 --lr 1e-3 \
+        --data-path {prefix}".split()
+    model = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 16 --tokenizer-type ByteTokenizer"
+    saved = parse([*flags, *model.split()])
+    checkpoint.save(tmp_path / "run", 0, {}, {}, dump(saved.config, saved.origins), mesh=Mesh())
+    with pytest.raises(SystemExit):
+        prepare.main(flags)
+    assert "--num-layers, --hidden-size" in capfd.readouterr().err
+    assert prepare.main([*flags, "--use-checkpoint-args"]) == 0
+    assert "(10 will be drawn)" in capfd.readouterr().out
 
 
 def test_the_folders_of_prefixes_in_a_file_are_named(prepare, tmp_path, capfd) -> None:

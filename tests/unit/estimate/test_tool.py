@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hc.cli import parse
+from megatron_hc import checkpoint
+from megatron_hc.cli import dump, parse
 from megatron_hc.estimate.estimate import estimate
 from megatron_hc.estimate.hardware import HARDWARE
 from megatron_hc.estimate.report import launch_command
 from megatron_hc.estimate.search import _SmallTraces, changed, choices, search
 from megatron_hc.estimate.simulate import simulate
 from megatron_hc.estimate.trace import Pass, StageTrace
+from megatron_hc.mesh import Mesh
 from megatron_hc.pipeline_layout import PipelineLayout, bounds_of, even_split
 
 ROOT = Path(__file__).parents[3]
@@ -97,6 +99,19 @@ def test_search(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_command_starts_all_processes(world_size: int, words: str) -> None:
     assert launch_command(parse(MODEL.split()).config, world_size, 8).startswith(f"torchrun {words} ")
+
+
+def test_the_arguments_of_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_tool(monkeypatch, "--json", "-")
+    expected, saved = capsys.readouterr().out, parse(MODEL.split())
+    checkpoint.save(tmp_path, 0, {}, {}, dump(saved.config, saved.origins), mesh=Mesh())
+    rest = "--bf16 --micro-batch-size 1 --global-batch-size 8 --train-iters 10 --lr 1e-4 --mock-data"
+    words = [*rest.split(), "--json", "-", "--load", str(tmp_path), "--use-checkpoint-args"]
+    monkeypatch.setattr(sys, "argv", ["tools/estimate.py", *words])
+    runpy.run_path(str(ROOT / "tools/estimate.py"), run_name="__main__")
+    assert json.loads(capsys.readouterr().out) == json.loads(expected)
 
 
 def test_flags_of_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
