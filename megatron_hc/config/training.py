@@ -49,7 +49,8 @@ class TrainingConfig:
     spiky_loss_factor: float = 10.0
     """How far above the largest of the last 100 iterations a loss or gradient norm is a spike."""
     iterations_to_skip: tuple[int, ...] = ()
-    """Iterations whose samples are read without a step of the optimizer."""
+    """Iterations, as the console counts them, whose samples are read without a step of the optimizer; the learning rate
+    goes on by them."""
     bf16: bool = False
     """Weights and activations in bfloat16, with fp32 master weights, gradients, norms and residual parameters."""
     compile: bool = False

@@ -120,6 +120,8 @@ def test_skipped_iterations_change_nothing_but_the_data_position(flags: Flags, t
     # The weights at iteration 5 are those after 2: their loss on its samples.
     state = json.loads((tmp_path / "run" / "iter_0000008" / "state.json").read_text())
     assert state["optimizer_steps"] == 6
+    for record in found:
+        assert record["learning_rate"] == whole[record["iteration"] - 1]["learning_rate"]
 
 
 def test_the_last_line_of_a_run_whose_batch_has_grown(licence: str, tmp_path: Path, capsys: Any) -> None:
