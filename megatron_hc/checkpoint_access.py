@@ -31,15 +31,17 @@ def going_on(options: CheckpointConfig, mesh: Mesh) -> CheckpointConfig:
     """The flags themselves; where Slurm or torchrun has started this job again, those that go on with what it saved.
 
     --load of another folder, --finetune or --ckpt-step say where the first attempt began: with them every further one
-    would throw away, and train again, what the one before had done. What is not saved is loaded as the flags say.
+    would throw away, and train again, what the one before had done. What is not saved is loaded as the flags say; what
+    begins with weights alone says nothing of the optimizer.
     """
+    takes_weights_only = options.finetune or options.moe_use_upcycling
     resumed = dataclasses.replace(
         options,
         load=options.save,
         ckpt_step=None,
         finetune=False,
         moe_use_upcycling=False,
-        load_optim=options.load_optim or options.save_optim,
+        load_optim=options.save_optim or (options.load_optim and not takes_weights_only),
         load_rng=options.load_rng or options.save_rng,
     )
     is_own = False

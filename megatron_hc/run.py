@@ -181,6 +181,8 @@ def say_what_begins(
         logger.say(f"--load {config.checkpoint.load} holds no checkpoint yet: the run begins anew")
     if config.checkpoint != parsed.config.checkpoint:
         logger.say(f"started again: going on from {source}, not from where the flags let the first attempt begin")
+        if not config.checkpoint.load_optim:
+            logger.say("WARNING: --no-save-optim: the optimizer's moments begin at zero with every start")
     if mesh.is_first and (newest := newer_checkpoint(config.checkpoint.save, iteration)) is not None:
         logger.say(
             f"WARNING: --save {config.checkpoint.save} holds a checkpoint of iteration {newest}, and this run begins "

@@ -158,16 +158,19 @@ def test_a_job_started_again_goes_on_with_what_it_saved(
         assert "started again" not in tune("tuned", job, attempt, *extra)
 
 
+@pytest.mark.parametrize("rest", [("--no-load-optim", "--no-save-rng", "--no-load-rng"), ("--finetune",)])
 def test_a_job_started_again_does_not_ask_for_what_it_does_not_save(
-    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    rest: tuple[str, ...], flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     assert command(flags("--exit-interval", 2)) == 0
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     for attempt in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-        parts = ["--no-save-optim", "--no-load-optim", "--no-save-rng", "--no-load-rng"]
-        assert command(flags("--save", tmp_path / "other", *parts, "--exit-interval", 3)) == 0
+        assert "moments begin at zero" not in capsys.readouterr().out
+        parts = ["--save", tmp_path / "other", "--no-save-optim", *rest]
+        assert command(flags(*parts, "--exit-interval", 3)) == 0
     again = capsys.readouterr().out
+    assert "WARNING: --no-save-optim: the optimizer's moments begin at zero" in again
     assert f"started again: going on from {tmp_path / 'other' / 'iter_0000003'}, not from " in again
     assert f"loaded {tmp_path / 'other' / 'iter_0000003'}" in again
 
