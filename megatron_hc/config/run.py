@@ -91,6 +91,10 @@ class TrainConfig:
             self.model.fused_residual or backend == "auto",
             f"--fused-residual-backend {backend} and --no-fused-residual exclude each other",
         )
+        require(
+            backend == "auto" or not self.training.fp64,
+            f"--fused-residual-backend {backend} would do nothing with --fp64, which takes the plain form: use auto",
+        )
         method, streams = self.model.residual.residual_connection, self.model.residual.residual_streams
         require(
             backend != "cpp" or method not in MIXING or streams <= STREAMS_OF_CPP,

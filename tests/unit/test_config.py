@@ -47,6 +47,11 @@ REFUSED = [
         for method in ("hyper", "frac", "mhc")
     ),
     (
+        "--residual-connection hyper --fused-residual-backend torch --fp64",
+        "",
+        "--fused-residual-backend torch would do nothing with --fp64, which takes the plain form: use auto",
+    ),
+    (
         "--residual-connection hyper --fused-residual-backend cpp --compile",
         "",
         "--fused-residual-backend cpp and --compile exclude each other",
