@@ -162,7 +162,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Megatron-LM's tags, each against iterations and, with " vs samples", against samples."""
+    """Megatron-LM's tags, each against iterations and, with " vs samples", against samples.
+
+    Iterations that a resumed run trains again are written again. TensorBoard's data server shows the newer points of a
+    tag; its older reader in Python shows both. ``purge_step`` is not given: that reader compares it with the steps of
+    all tags, and would drop the points against samples of all earlier attempts.
+    """
 
     def __init__(self, folder: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
