@@ -23,8 +23,9 @@ def compile_layers(model: GPT, parallel: ParallelConfig, mesh: Mesh) -> None:
     if torch.device(mesh.device).type == "cpu" and shutil.which(os.environ.get("CXX") or "g++") is None:
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++ or set CXX, or leave --compile out")
     _set_up_compiler(len(model.stage_layers()))
+    recomputed = _with_recomputed_experts(parallel, model.config.num_layers)
     for layer in model.stage_layers():
-        if isinstance(layer.mlp, MoE) and parallel.recomputes_experts:
+        if isinstance(layer.mlp, MoE) and layer.layer in recomputed:
             # A router that repeats its decision is other code than one that decides, and what two codes save for the
             # backward pass need not be the same tensors in the same order, by which recompute finds them.
             layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)  # type: ignore[method-assign]
@@ -33,6 +34,16 @@ def compile_layers(model: GPT, parallel: ParallelConfig, mesh: Mesh) -> None:
             layer.feed_forward = torch.compile(layer.feed_forward)  # type: ignore[method-assign]
         else:
             layer.compile()
+
+
+def _with_recomputed_experts(parallel: ParallelConfig, num_layers: int) -> set[int]:
+    """The layers whose experts, if they have any, are recomputed: in block form the first ones of every stage."""
+    if not parallel.recomputes_experts:
+        return set()
+    is_block = parallel.recompute_granularity == "full" and parallel.recompute_method == "block"
+    number = parallel.recompute_num_layers if is_block else num_layers
+    bounds = parallel.pipeline_layout(num_layers).bounds
+    return {layer for first, last in bounds for layer in range(first, last)[:number]}
 
 
 def _set_up_compiler(num_layers: int) -> None:

@@ -22,7 +22,7 @@ from megatron_hc.mesh import Mesh
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.rope import RopeTable, apply_rope
 from megatron_hc.model.router import Router, Routing
-from megatron_hc.parallel.compiled import compile_layers
+from megatron_hc.parallel.compiled import _with_recomputed_experts, compile_layers
 from megatron_hc.residual import RESIDUALS
 
 READS_RECOMPUTED = {
@@ -115,6 +115,7 @@ EXPERTS_RECOMPUTED = {
     "full": full_recompute(),
     "residual moe": selective_recompute("residual", "moe"),
     "full residual": READS_RECOMPUTED["full"],
+    "block": full_recompute("block"),
 }
 
 
@@ -138,6 +139,15 @@ def test_experts_that_are_recomputed_are_not_compiled(
     gradients(model, random_tokens())
     assert counter.frame_count > 0
     assert seen == [False, False], "run, and run again by recompute"
+
+
+def test_experts_behind_the_block_that_is_recomputed_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "disable", lambda forward: "as it is")
+    parallel = full_recompute("block", 2)
+    model = build(small_config(num_layers=3, moe=MoEConfig(num_experts=2)), "bf16", parallel=parallel)
+    compile_layers(model, parallel, Mesh())
+    assert [layer.mlp.forward == "as it is" for layer in model.stage_layers()] == [True, True, False]
+    assert _with_recomputed_experts(dataclasses.replace(parallel, pipeline_model_parallel_size=2), 6) == {0, 1, 3, 4}
 
 
 @pytest.mark.slow
