@@ -7,6 +7,7 @@ leaves no half checkpoint under a name that a load looks at, and the next save c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +78,25 @@ def publish(partial: Path, final: Path) -> None:
     flush(final.parent)
 
 
+@contextlib.contextmanager
+def all_or_nothing(root: Path, iteration: int) -> Iterator[None]:
+    """For one process that writes a checkpoint: where that fails nothing is left of it, nor of a ``root`` made for it.
+
+    What was in ``root`` before stays.
+    """
+    final, is_new = root / folder_name(iteration), not root.exists()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(beside(final, ".tmp"), ignore_errors=True)
+        if is_new:
+            shutil.rmtree(final, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (root / (TRACKER + ".tmp")).unlink(missing_ok=True)
+                root.rmdir()
+        raise
+
+
 def write_tracker(root: Path, iteration: int) -> None:
     """Make an iteration the latest."""
     partial = root / (TRACKER + ".tmp")
@@ -128,10 +149,13 @@ def _say_it_stays(path: Path, error: OSError) -> None:
 
 def write_text(path: Path, text: str) -> FileRecord:
     """Write a line and wait until it is on the disk; returns the file's size and checksum."""
-    with path.open("w", encoding="utf-8") as file:
-        size = file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            size = file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # of a write it names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     assert size == path.stat().st_size, "json.dumps and digits are ASCII"
     return FileRecord(size, zlib.crc32((text + "\n").encode()))
 

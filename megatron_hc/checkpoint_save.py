@@ -23,6 +23,7 @@ from megatron_hc.checkpoint_folder import (
     FORMAT,
     MANIFEST,
     FileRecord,
+    all_or_nothing,
     beside,
     checksum,
     flush,
@@ -211,7 +212,8 @@ def save_one_by_one(
 ) -> Path:
     """``save`` in one process of tensors that are made in their turn: ``read(name)``, as ``shapes`` (and dtypes) says.
 
-    Only the tensors of one or two files are in memory at a time: about ``file_bytes`` each, or one larger tensor.
+    Only the tensors of one or two files are in memory at a time: about ``file_bytes`` each, or one larger tensor. Where
+    it fails, nothing is left of it.
     """
     names: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
@@ -228,7 +230,8 @@ def save_one_by_one(
         chunk = [file, [0] * len(shape), list(shape)]
         index[name] = {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "chunks": [chunk]}
     staged = Staged(_ReadLater(names, read), index, sum(sizes.values()))
-    return _finish(Path(root), iteration, staged, _texts(state, arguments), Mesh(), None)
+    with all_or_nothing(Path(root), iteration):
+        return _finish(Path(root), iteration, staged, _texts(state, arguments), Mesh(), None)
 
 
 class Saver:

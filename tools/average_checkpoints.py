@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hc.cli import exit_on_user_error
+from megatron_hc.folders import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,10 +51,11 @@ def folder_of(path: str) -> Path:
     return folder if (folder / "state.json").exists() else checkpoint.find(folder)
 
 
-def refuse_existing(output: str) -> None:
-    """Only a new folder: nothing there can be overwritten, or taken for the result."""
+def check_output(output: str) -> None:
+    """Only a new folder that can be made: nothing there can be overwritten, or taken for the result."""
     if Path(output).exists():
         raise ValueError(f"--output {output} exists: choose a folder that does not")
+    check_folder("--output", output)
 
 
 def add_validation_options(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +162,7 @@ def average(options: argparse.Namespace) -> str:
     """Write the soup; returns what was done."""
     from megatron_hc import checkpoint
 
-    refuse_existing(options.output)
-    checkpoint.check_save_folder(options.output)
+    check_output(options.output)
     folders = [folder_of(path) for path in options.checkpoints]
     if len({folder.resolve() for folder in folders}) < max(len(folders), 2):
         raise ValueError(f"an average needs at least two different checkpoints, not {', '.join(map(str, folders))}")

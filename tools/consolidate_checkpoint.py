@@ -13,6 +13,7 @@ made from weights alone is loaded with --finetune or --no-load-optim. All tensor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_hc import checkpoint
+from megatron_hc.checkpoint_folder import MANIFEST, all_or_nothing
 from megatron_hc.checkpoint_save import open_to_readers
 from megatron_hc.cli import exit_on_user_error
 from megatron_hc.mesh import Mesh
@@ -33,6 +35,8 @@ STATE, ARGUMENTS = "megatron_hc_state", "megatron_hc_arguments"
 def consolidate(source: str, target: Path, with_optimizer: bool) -> str:
     """Write the file; returns what was done. Raises ``ValueError`` for what is no checkpoint or cannot be written."""
     folder = Path(source) if (Path(source) / "state.json").exists() else checkpoint.find(source)
+    if (target.parent / MANIFEST).exists():
+        raise ValueError(f"{target} lies in a checkpoint, whose files must stay as they are: choose another place")
     shapes = checkpoint.load_tensor_shapes(folder)
     wanted = {name: spec for name, spec in shapes.items() if with_optimizer or name.startswith("model.")}
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in wanted.items()}
@@ -48,13 +52,16 @@ def consolidate(source: str, target: Path, with_optimizer: bool) -> str:
         open_to_readers(partial)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that is read-only
+            partial.unlink()
         raise ValueError(f"{target} cannot be written ({error}): choose another place") from error
     return f"{len(tensors)} tensors of {folder} in {target}"
 
 
 def back(source: Path, root: str) -> str:
-    """Write a checkpoint of one process under ``root``."""
+    """Write a checkpoint of one process under ``root``, which may not hold any: one of that iteration would go."""
+    if (latest := checkpoint.latest_iteration(root)) is not None:
+        raise ValueError(f"{root} holds checkpoints already, the latest of iteration {latest}: choose another folder")
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -64,7 +71,8 @@ def back(source: Path, root: str) -> str:
     if STATE not in metadata or ARGUMENTS not in metadata:
         raise ValueError(f"{source} was not written by consolidate_checkpoint.py: it holds no progress and arguments")
     state, arguments = json.loads(metadata[STATE]), json.loads(metadata[ARGUMENTS])
-    folder = checkpoint.save(root, state["iteration"], tensors, state, arguments, mesh=Mesh())
+    with all_or_nothing(Path(root), state["iteration"]):
+        folder = checkpoint.save(root, state["iteration"], tensors, state, arguments, mesh=Mesh())
     return f"{len(tensors)} tensors of {source} in {folder}"
 
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from average_checkpoints import add_validation_options, folder_of, refuse_existing, validation_of
+from average_checkpoints import add_validation_options, check_output, folder_of, validation_of
 
 from megatron_hc.cli import exit_on_user_error
 
@@ -140,8 +140,7 @@ def pruned_reader(
 def prune(options: argparse.Namespace) -> None:
     from megatron_hc import checkpoint
 
-    refuse_existing(options.output)
-    checkpoint.check_save_folder(options.output)
+    check_output(options.output)
     folder = folder_of(options.checkpoint)
     config, pruned = checked_config(folder, options.keep)
     moe = config.model.moe

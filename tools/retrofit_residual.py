@@ -63,7 +63,13 @@ def main(argv: list[str]) -> int:
         save = Path(arguments.save).absolute()
         if not save.parent.is_dir():
             raise ValueError(f"--save {arguments.save}: {save.parent} is not a folder")
-        with tempfile.TemporaryDirectory(dir=save.parent, prefix=f".{save.name}.") as own:
+        try:
+            between = tempfile.TemporaryDirectory(dir=save.parent, prefix=f".{save.name}.")
+        except OSError as error:  # a disk that is full or read-only
+            raise ValueError(
+                f"--save {arguments.save}: nothing can be written beside it ({error.strerror}): choose another folder"
+            ) from error
+        with between as own:
             hf.import_hf(arguments.load, own, seq_length=None, options=hf.Options())
             convert(arguments, flags, own)
     return 0

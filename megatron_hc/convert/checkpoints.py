@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_hc import checkpoint
-from megatron_hc.checkpoint_folder import MANIFEST, TRACKER, beside, folder_name, remove
+from megatron_hc.checkpoint_folder import MANIFEST, TRACKER, folder_name, remove
 from megatron_hc.cli_options import dump, options
 from megatron_hc.config import TrainConfig
 from megatron_hc.convert.shards import Spec
@@ -67,13 +67,9 @@ def save_weights(
     if Path(save).is_dir() and (latest := checkpoint.latest_iteration(save)) is not None:
         raise ValueError(f"--save {save} holds checkpoints already, the latest of iteration {latest}: choose another")
     checkpoint.check_not_megatrons(save)
-    try:
-        return checkpoint.save_one_by_one(
-            *(save, iteration, specs, read, state, arguments), file_bytes=min(FILE_BYTES, file_bytes)
-        )
-    except BaseException:
-        shutil.rmtree(beside(Path(save) / folder_name(iteration), ".tmp"), ignore_errors=True)
-        raise
+    return checkpoint.save_one_by_one(
+        *(save, iteration, specs, read, state, arguments), file_bytes=min(FILE_BYTES, file_bytes)
+    )
 
 
 @contextmanager

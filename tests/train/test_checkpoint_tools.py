@@ -213,6 +213,7 @@ def test_mistakes_are_one_sentence(
         (average, [run, tmp_path / "dense", "--output", output], "is of another model than"),
         (average, [run, damaged, "--output", output], "is not a whole checkpoint"),
         (average, [run, first, "--output", run], "exists: choose a folder that does not"),
+        (average, [run, first, "--output", damaged / "state.json" / "x"], "--output "),
         (average, [run, first, "--output", output, "--score", "--data-path", tmp_path / "x"], str(tmp_path / "x")),
         (average, [run, first, "--output", output, "--method", "greedy", "--num-samples", "0"], "--num-samples"),
         *(

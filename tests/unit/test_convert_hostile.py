@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,6 +304,22 @@ def test_a_full_disk(
     error = capsys.readouterr().err
     assert "could not be written ([Errno 28] No space left on device): free space" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+def test_a_retrofit_where_nothing_can_be_written(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder of Hugging Face, which is converted beside --save first."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".out.x"))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(SystemExit):
+        retrofit_residual.main(["--load", str(good / "hf"), "--save", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert "out: nothing can be written beside it (Read-only file system): choose another folder" in error
+    assert error.count("\n") == 1
 
 
 GPT2 = {

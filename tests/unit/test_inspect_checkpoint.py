@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hc import checkpoint
+from megatron_hc import checkpoint, checkpoint_save
 from megatron_hc.mesh import Mesh
 from megatron_hc.stored import Stored
 
@@ -106,6 +108,70 @@ def test_consolidated_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run(inspect_checkpoint, tmp_path / "a", "--diff", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == ["all.safetensors", "weights.safetensors"]
     assert capsys.readouterr().err == ""
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What consolidate_checkpoint.py says."""
+    run(consolidate_checkpoint, *words, code=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+def test_consolidation_leaves_checkpoints_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(tmp_path / "a")
+    run(consolidate_checkpoint, folder, tmp_path / "weights.safetensors")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert "lies in a checkpoint" in refused(capsys, tmp_path / "a", folder / "model_00000.safetensors")
+    error = refused(capsys, "--back", tmp_path / "weights.safetensors", tmp_path / "a")
+    assert "a holds checkpoints already, the latest of iteration 5: choose another folder" in error
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_consolidation_in_a_folder_that_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither can the file be written nor what is left of it be removed."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    folder = save(tmp_path / "a")
+    monkeypatch.setattr(consolidate_checkpoint, "save_file", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert "x cannot be written ([Errno 30] Read-only file system): choose" in refused(capsys, folder, tmp_path / "x")
+
+
+@pytest.mark.parametrize("step", ["write_text", "write_tracker"])
+def test_nothing_is_left_on_a_full_disk(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder made for the checkpoint; in another, what was there stays."""
+
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = save(tmp_path / "a")
+    run(consolidate_checkpoint, folder, tmp_path / "all.safetensors", "--with-optimizer")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes").write_text("mine")
+    monkeypatch.setattr(checkpoint_save, step, fill)
+    for target in (tmp_path / "new", tmp_path / "there"):
+        assert "No space left on device" in refused(capsys, "--back", tmp_path / "all.safetensors", target)
+        with pytest.raises(ValueError, match="No space left on device"):
+            checkpoint.save_one_by_one(target, 5, {"model.a": ((1,), torch.float32)}, lambda _: torch.ones(1), {}, {})
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "there" / "notes").read_text() == "mine"
+    assert not (tmp_path / "there" / "iter_0000005.tmp").exists()
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(ValueError, match=r"No space left on device: '.*state.json'"):
+        checkpoint.save(tmp_path, 1, {}, {}, {}, mesh=Mesh())
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
