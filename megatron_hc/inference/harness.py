@@ -177,12 +177,14 @@ class HarnessModel:
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **others: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, is greedy) of each continuation; contexts are cut from the left where there is no room."""
-        for _, context, continuation in requests:
-            if not context or len(continuation) > self.max_length:
+        for _, _, continuation in requests:
+            if len(continuation) > self.max_length:
                 raise ValueError(
-                    f"a continuation of {len(continuation)} tokens after {len(context)}: the model sees "
-                    f"{self.max_length} at once and needs one to begin with"
+                    f"a continuation of {len(continuation)} tokens is longer than the {self.max_length} that the model "
+                    "sees at once"
                 )
+        # The harness moves the spaces at a context's end to the continuation: of spaces alone nothing is left.
+        requests = [(pair, context or [self.eot_token_id], continuation) for pair, context, continuation in requests]
         # An empty continuation is certain.
         places = [place for place, (_, _, continuation) in enumerate(requests) if continuation]
         items = [

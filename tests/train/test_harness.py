@@ -40,11 +40,13 @@ def logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def test_log_likelihoods(checkpoint: Path) -> None:
-    """With a context, without one (end-of-document then stands in front), and with one that is too long."""
+    """With a context, without one or of spaces alone (end-of-document then stands in front), and with one that is too
+    long."""
     model = made(checkpoint, batch_size=2, dtype="float64")
-    pairs = [("You may", " use"), ("", "abc"), ("long" * 30, "end"), ("You may", " us")]
+    pairs = [("You may", " use"), ("", "abc"), ("long" * 30, "end"), ("You may", " us"), (" ", "abc")]
     found = model.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
     for (context, continuation), (logprob, _) in zip(pairs, found, strict=True):
+        context, continuation = context.rstrip(), " " * (context == " ") + continuation
         text = list(context.encode()) or [256]
         tokens = [*text, *continuation.encode()][-49:]
         assert logprob == pytest.approx(float(logprobs(model, tokens)[-len(continuation) :].sum()), rel=1e-9)
