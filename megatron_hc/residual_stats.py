@@ -172,7 +172,8 @@ def measure(model: GPT, mesh: Mesh, forward: Callable[[], object]) -> Stats:
     recorder, was_training = Recorder(model, mesh), model.training
     model.eval()
     try:
-        with recorder.watching():
+        # A compiler would make minutes of code of what watches, in pieces, for the few passes of a run.
+        with recorder.watching(), torch.compiler.set_stance("force_eager"):
             forward()
     finally:
         model.train(was_training)

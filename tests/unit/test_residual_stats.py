@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import build, random_tokens, randomise, selective_recompute, small_config
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import GPT
@@ -41,6 +42,22 @@ def walk(model: GPT, tokens: Tensor) -> tuple[list[Any], list[Tensor], list[Any]
             mixes.append(carry.mix)
             carry = residual.write(carry, y, value)
     return [*carries, model.final_residual.settle(carry)], outputs, mixes
+
+
+def test_compiled_layers_are_measured_as_they_run() -> None:
+    """Nothing is compiled for it, and what was compiled goes on."""
+    torch._dynamo.reset()
+    counter, tokens = CompileCounter(), random_tokens()
+    model = randomise(build(small_config({"residual_connection": "hyper"}, num_layers=1))).eval()
+    expected = measured(model, tokens)
+    for layer in model.stage_layers():
+        layer.compile(backend=counter)
+    with torch.no_grad():
+        model(tokens)
+        before = counter.frame_count
+        assert measured(model, tokens) == expected
+        model(tokens)
+    assert counter.frame_count == before > 0
 
 
 def variance(x: Tensor) -> float:
