@@ -58,7 +58,8 @@ class ColumnParallelLinear(Linear):
 
     def forward_parts(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # Parts that share an input enter with it once.
-        entered = {id(x): self.region.enter(x.to(self.weight.dtype)) for x in inputs.values()}
+        shared = {id(x): x for x in inputs.values()}
+        entered = {key: self.region.enter(x.to(self.weight.dtype)) for key, x in shared.items()}
         return super().forward_parts({name: entered[id(x)] for name, x in inputs.items()})
 
 

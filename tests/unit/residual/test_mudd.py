@@ -9,6 +9,7 @@ from helpers import build, gradients, random_tokens, randomise, small_config
 from megatron_hc.model.attention import Attention
 from megatron_hc.model.linear import Linear
 from megatron_hc.optim.groups import parameter_groups
+from megatron_hc.parallel.tensor import ColumnParallelLinear, Region, become
 from megatron_hc.residual import Norm, Reads
 
 MUDD = {"residual_connection": "muddformer"}
@@ -90,6 +91,22 @@ def test_a_linear_layer_with_its_own_forward_needs_its_own_parts() -> None:
     linear.__class__ = Gathering
     with pytest.raises(AssertionError, match="Gathering has a forward of its own"):
         linear.forward_parts({"q": torch.ones(1, 1, C, dtype=torch.float64)})
+
+
+def test_parts_that_share_an_input_enter_a_region_once() -> None:
+    """Value and gate read the same sum: under tensor parallelism it is gathered, or its gradient reduced, once."""
+    linear = build(small_config(MUDD, value_residual="per-token")).stage_layers()[1].attention.linear_qkv
+    entered: list[torch.Tensor] = []
+
+    class Counting(Region):
+        def enter(self, x: torch.Tensor) -> torch.Tensor:
+            entered.append(x)
+            return x
+
+    become(linear, ColumnParallelLinear, region=Counting(None, sequence_parallel=False))
+    q, k, v = (torch.ones(1, 1, C, dtype=torch.float64) for _ in range(3))
+    linear.forward_parts({"q": q, "k": k, "v": v, "gate": v})
+    assert [id(x) for x in entered] == [id(q), id(k), id(v)]
 
 
 def test_gradients_at_the_start_equal_those_of_the_plain_residual() -> None:
