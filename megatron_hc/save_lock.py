@@ -32,6 +32,7 @@ class SaveLock:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / NAME
         self._handle: int | None = None
+        self._text = b""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock of --save", daemon=True)
 
@@ -49,7 +50,8 @@ class SaveLock:
         self._thread.join()
         if self._handle is not None:
             with contextlib.suppress(OSError):
-                self.path.unlink()
+                if self._is_ours():
+                    self.path.unlink()
             os.close(self._handle)
             self._handle = None
 
@@ -62,7 +64,8 @@ class SaveLock:
                 if _is_still_at(self.path, handle):
                     if stale is not None:
                         logging.getLogger(__name__).warning("%s", stale)
-                    _write(handle, _self_description())
+                    self._text = json.dumps(_self_description()).encode()
+                    _write(handle, self._text)
                     return handle
             except BaseException:
                 os.close(handle)
@@ -72,7 +75,12 @@ class SaveLock:
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
             with contextlib.suppress(OSError):
-                os.utime(self.path)
+                if self._is_ours():
+                    os.utime(self.path)
+
+    def _is_ours(self) -> bool:
+        """Whether nobody took the lock over while this process was still for too long, and wrote its own name."""
+        return self._handle is not None and os.pread(self._handle, 65536, 0) == self._text
 
 
 def check_lock(folder: str | Path) -> None:
@@ -202,8 +210,7 @@ def _is_still_at(path: Path, handle: int) -> bool:
         return False
 
 
-def _write(handle: int, description: Mapping[str, Any]) -> None:
-    text = json.dumps(dict(description)).encode()
+def _write(handle: int, text: bytes) -> None:
     os.ftruncate(handle, 0)
     os.pwrite(handle, text, 0)
     os.fsync(handle)
