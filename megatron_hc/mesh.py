@@ -189,7 +189,7 @@ def mesh_of(rank: int, world_size: int, config: TrainConfig, device: str, join: 
         experts = _expert_ranks(rank, config)
         groups |= _expert_groups(join, world_size, sizes, experts)
     if is_real and config.checkpoint.async_save and world_size > 1:
-        groups["writer"] = _writer_group()
+        groups["writer"] = _writer_group(_timeout(config, device))
     return Mesh(
         sizes=sizes,
         ranks=ranks,
@@ -234,11 +234,14 @@ def _along(axis: str, sizes: dict[str, int]) -> list[list[int]]:
     ]
 
 
-def _writer_group() -> Any:
-    """All ranks once more, on CPU tensors: for saves in the background."""
+def _writer_group(timeout: timedelta) -> Any:
+    """All ranks once more, on CPU tensors: for saves in the background.
+
+    Nothing but the next save waits for them, so a disk that is slow for one rank has gloo's own 30 minutes at least.
+    """
     import torch.distributed as dist
 
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=max(timeout, timedelta(minutes=30)))
 
 
 def _shard_groups(join: Join, copies: list[list[int]], instances: int) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_hc import checkpoint, checkpoint_folder, checkpoint_save
+from megatron_hc import checkpoint, checkpoint_folder, checkpoint_save, mesh
 from megatron_hc.checkpoint import Saver
 from megatron_hc.mesh import Mesh
 
@@ -38,6 +39,16 @@ def test_the_run_goes_on_and_what_is_saved_does_not_change(tmp_path: Path, monke
     assert [line.split(" in ")[0] for line in said if line.startswith("saved")] == [
         f"saved {tmp_path / name}" for name in ("iter_0000001", "iter_0000002")
     ]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(10, 30), (120, 120)])
+def test_saves_in_the_background_wait_as_long_as_the_run_may(
+    asked: int, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: made.append(options))
+    mesh._writer_group(timedelta(minutes=asked))
+    assert made == [{"backend": "gloo", "timeout": timedelta(minutes=given)}]
 
 
 @pytest.mark.parametrize("in_background", [False, True])
