@@ -85,8 +85,9 @@ def train_until_stopped(run: Run) -> Progress:
                 evaluate(run, "test")
                 if not _divides(config.evaluation.eval_harness_interval, progress.iteration):
                     score_tasks(run)
-        run.optimizer.wait_for_parameters()
-        run.saver.wait()
+            run.optimizer.wait_for_parameters()
+            with run.logger.pause("saving"):  # the run has not ended before its last checkpoint is there
+                run.saver.wait()
         progress.exit_code = run.saver.exit_code(progress.iteration, progress.exit_code)
     except (Exception, KeyboardInterrupt) as error:
         note_iteration(error, progress.iteration + 1)

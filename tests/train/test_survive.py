@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from train_runs import ROOT, command, losses, records, tiny, untimed
 
-from megatron_hc import train
+from megatron_hc import checkpoint, train
 from megatron_hc.checkpoint_folder import TRACKER, latest_iteration
 from megatron_hc.save_lock import SaveLock
 
@@ -286,11 +286,21 @@ def test_a_second_job_on_the_same_folder_is_refused(flags: Flags, tmp_path: Path
     assert command(flags()) == 0
 
 
-def test_files_for_watchers(flags: Flags, tmp_path: Path, capsys: Any) -> None:
+def test_files_for_watchers(flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     files = ["--heartbeat-file", tmp_path / "heartbeat.json", "--prometheus-file", tmp_path / "run.prom"]
-    assert command(flags(*files, "--log-straggler")) == 0
-    heart = json.loads((tmp_path / "heartbeat.json").read_text())
-    assert heart["iteration"] == 8 and heart["state"] == "ended"
+    real, states = checkpoint.Saver.wait, list[str]()
+
+    def heart() -> dict[str, Any]:
+        return json.loads((tmp_path / "heartbeat.json").read_text())
+
+    def wait(saver: checkpoint.Saver) -> None:
+        states.append(heart()["state"])
+        real(saver)
+
+    monkeypatch.setattr(checkpoint.Saver, "wait", wait)
+    assert command(flags(*files, "--log-straggler", "--async-save")) == 0
+    assert states == 5 * ["saving"], "a run has not ended before its last checkpoint is there"
+    assert heart()["iteration"] == 8 and heart()["state"] == "ended"
     assert "\nmegatron_hc_iteration 8.0\n" in (tmp_path / "run.prom").read_text()
     said = capsys.readouterr().out
     assert said.count("slowest rank over 1 iterations | stage 0: rank 0 ") == 8 and "ranks by host: " in said
