@@ -146,8 +146,9 @@ class Loader:
         """The next micro-batches of this rank; ``ValueError`` where the data ends before them or holds a bad token."""
         if self._iterator is None:
             self._iterator = iter(self._data)
-            # Registered after torch's own exit handlers and so run before them, which would wait for idle workers.
-            atexit.register(_close, weakref.ref(self))
+            if self._data.num_workers > 0:
+                # Registered after torch's own exit handlers and so run before them, which would wait for idle workers.
+                atexit.register(_close, weakref.ref(self))
         batches = []
         self.last_samples = []
         for _ in range(num_micro_batches):

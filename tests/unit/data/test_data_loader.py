@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import subprocess
 import sys
@@ -88,6 +89,13 @@ def test_cyclic_starts_again(dataset: GPTDataset) -> None:
     (batch,) = loader.next(1)
     assert loader.last_samples == [count - 1, 0]
     assert batch.tokens.tolist() == [dataset[count - 1].tokens.tolist(), dataset[0].tokens.tolist()]
+
+
+def test_a_loader_without_workers_leaves_nothing_behind(dataset: GPTDataset) -> None:
+    """Every validation has one of its own: what each left for the process's end would be kept to it."""
+    before = atexit._ncallbacks()
+    build_loader(dataset, Mesh(), micro_batch_size=2).next(1)
+    assert atexit._ncallbacks() == before
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
