@@ -38,6 +38,7 @@ class ParameterGatherer:
         self._outside = sorted({index for key, index in bucket_of.items() if key not in inside})
 
     def _hook(self, indices: list[int]) -> Any:
+        @torch.compiler.disable  # every layer's would be code of its own, and end at the wait
         def before(module: nn.Module, arguments: Any) -> None:
             self.wait(indices)
 

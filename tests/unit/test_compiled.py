@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,10 @@ from megatron_hc.mesh import Mesh
 from megatron_hc.model.layer import TransformerLayer
 from megatron_hc.model.rope import RopeTable, apply_rope
 from megatron_hc.model.router import Router, Routing
+from megatron_hc.parallel.collectives import CountedGroup
 from megatron_hc.parallel.compiled import _with_recomputed_experts, compile_layers
+from megatron_hc.parallel.gather import ParameterGatherer
+from megatron_hc.parallel.slots import Sharding
 from megatron_hc.residual import RESIDUALS
 
 READS_RECOMPUTED = {
@@ -55,6 +59,17 @@ def test_gated_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(with_gradient(gated, x), expected)
     assert gated(x.requires_grad_()).grad_fn.name() == "MulBackward0"
+
+
+def test_waiting_for_parameters_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--overlap-param-gather: a hook of every layer, each with other buckets, would be code of its own each time."""
+    linear, counter, found = nn.Linear(2, 2), CompileCounter(), list[bool]()
+    sharding = Sharding(CountedGroup("dp", 2, 0, Counter()), None, 2, 0)
+    gatherer = ParameterGatherer([], sharding, True, [linear])
+    monkeypatch.setattr(gatherer, "wait", lambda indices: found.append(torch.compiler.is_compiling()))
+    linear.compile(backend=counter)
+    linear(torch.ones(1, 2))
+    assert found == [False] and counter.frame_count == 1
 
 
 def test_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
