@@ -300,7 +300,8 @@ class Logger:
         parts = [f" residual stats at iteration {iteration}"]
         for name, pick in (("grad_norm", max), ("branch_variance", max), ("stream_rank", min), ("forward_gain", max)):
             if name in stats:
-                value, place = pick((v, i) for i, v in enumerate(stats[name]) if v is not None)
+                given = [(v, i) for i, v in enumerate(stats[name]) if v is not None]
+                value, place = next((pair for pair in given if math.isnan(pair[0])), None) or pick(given)
                 parts.append(f"{'largest' if pick is max else 'smallest'} {name}: {value:.4g} at {place}")
         record: Record = {"iteration": iteration, "consumed_samples": consumed_samples, **values, "time": time.time()}
         self._show(" | ".join(parts) + " |", record)

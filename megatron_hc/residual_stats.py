@@ -23,6 +23,7 @@ streams); f_k what sublayer k writes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,10 +146,13 @@ def linearity(x: Tensor, y: Tensor, total: Callable[[Tensor], Tensor] = lambda t
     """(score of Y, score of Y - X), 1 - min_A |X A - Y|^2 / |Y|^2 with centred X and Y [T, C] in float64.
 
     ``total`` sums over the processes that have other tokens. Directions of X below 1e-10 of the largest do not count.
+    Numbers that are not finite, or whose squares are not, give scores that are not: no reason to end a run here.
     """
     C = x.shape[1]
     both = torch.cat((x, y, torch.ones_like(x[:, :1])), 1)
     moments = total(both.t() @ both)
+    if not moments.isfinite().all():
+        return math.nan, math.nan
     means = moments[-1, :-1] / moments[-1, -1]
     centred = moments[:-1, :-1] - moments[-1, -1] * torch.outer(means, means)
     xx, xy, yy = centred[:C, :C], centred[:C, C:], centred[C:, C:]
@@ -235,7 +239,9 @@ def _variance(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
 
 
 def stream_similarity(gram: Tensor) -> tuple[float, float]:
-    """(mean cosine, effective rank) of streams from their scalar products [N, N]; float64."""
+    """(mean cosine, effective rank) of streams from their scalar products [N, N], float64; nan if one is not finite."""
+    if not gram.isfinite().all():
+        return math.nan, math.nan
     length = gram.diagonal().clamp(min=1e-300).sqrt()
     cosines = gram / torch.outer(length, length)
     N = gram.shape[0]

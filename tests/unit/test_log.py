@@ -154,6 +154,8 @@ def test_residual_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(tags) == 6 and tags["residual/stream_rank_2"] == "residual/stream_rank_2"
     out = capsys.readouterr().out
     assert "iteration 4 | largest grad_norm: 2 at 1 | smallest stream_rank: 1.25 at 1 |" in out
+    logger.residual(5, 40, {"grad_norm": [0.5, math.nan, 2.0], "stream_rank": [1.5, math.nan]})
+    assert "| largest grad_norm: nan at 1 | smallest stream_rank: nan at 1 |" in capsys.readouterr().out
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

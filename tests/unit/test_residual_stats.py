@@ -143,6 +143,15 @@ def test_known_values() -> None:
     }
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
+def test_what_is_not_finite_is_said_and_ends_nothing(bad: float) -> None:
+    """The streams of a run that diverges: whoever logs them wants to see where it begins."""
+    good = torch.arange(12.0, dtype=torch.float64).view(6, 2)
+    worse = torch.where(good == 5, bad, good)
+    for found in (linearity(worse, good), linearity(good, worse), stream_similarity(worse.t() @ worse)):
+        assert all(math.isnan(value) for value in found)
+
+
 def test_what_a_fresh_model_shows() -> None:
     tokens = random_tokens()
     stats = measured(build(small_config({"residual_connection": "mhc"})), tokens)
