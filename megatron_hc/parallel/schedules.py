@@ -123,45 +123,56 @@ class _Play:
     def __init__(self, layout: PipelineLayout, order: Sequence[Sequence[Action]]) -> None:
         self.layout, self.order = layout, order
         self.actions: list[list[Action]] = [[] for _ in order]
-        self.done: dict[Action, float] = {}  # when; a full backward counts as backward_input
+        self.done: dict[Action, float] = {}  # by ``_done``: when
         self.free = [0.0] * len(order)
+        self.position = [0] * len(order)
+        self.ready: list[tuple[float, int]] = []  # when a process can start its next action, and which process
+        self.waiting: dict[Action, list[int]] = {}  # what processes' next actions wait for
         self.messages: list[tuple[float, int, Action]] = []  # on their way: (when, number, the send)
         self.num_messages = 0
 
     def run(self) -> None:
-        position = [0] * len(self.order)
-        while any(at < len(actions) for at, actions in zip(position, self.order, strict=True)):
-            starts = [
-                (start, rank)
-                for rank, actions in enumerate(self.order)
-                if position[rank] < len(actions) and (start := self._start(rank, actions[position[rank]])) is not None
-            ]
-            assert starts, f"the schedule {self.layout.schedule} waits for itself"
-            start, rank = min(starts)
+        for rank in range(len(self.order)):
+            self._look(rank)
+        while self.ready:
+            start, rank = heapq.heappop(self.ready)
+            action = self.order[rank][self.position[rank]]
+            self.position[rank] += 1
             self._deliver(start)
-            self._perform(rank, self.order[rank][position[rank]], start)
-            position[rank] += 1
+            self._perform(rank, action, start)
+            self._look(rank)
+            for other in self.waiting.pop(_done(action), ()):
+                self._look(other)
+        are_done = all(at == len(actions) for at, actions in zip(self.position, self.order, strict=True))
+        assert are_done, f"the schedule {self.layout.schedule} waits for itself"
         self._deliver(float("inf"))
 
-    def _start(self, rank: int, action: Action) -> float | None:
-        """When the action can start; None while what it needs has not been done."""
+    def _look(self, rank: int) -> None:
+        """Note when the process can start its next action, or what that waits for."""
+        if self.position[rank] == len(self.order[rank]):
+            return
+        needs = self._needs(self.order[rank][self.position[rank]])
+        if needs is None or needs in self.done:
+            at = self.free[rank] if needs is None else max(self.free[rank], self.done[needs])
+            heapq.heappush(self.ready, (at, rank))
+        else:
+            self.waiting.setdefault(needs, []).append(rank)
+
+    def _needs(self, action: Action) -> Action | None:
+        """What must have been done before the action, by ``_done``; None: nothing."""
         stage, last = action.stage, self.layout.num_stages - 1
         if action.kind == "forward":
-            needs = None if stage == 0 else Action("forward", stage - 1, action.micro_batch)
-        elif action.kind == "backward_weight":
-            needs = Action("backward_input", stage, action.micro_batch)
-        elif stage == last:
-            needs = Action("forward", stage, action.micro_batch)
-        else:
-            needs = Action("backward_input", stage + 1, action.micro_batch)
-        if needs is None:
-            return self.free[rank]
-        return max(self.free[rank], self.done[needs]) if needs in self.done else None
+            return None if stage == 0 else Action("forward", stage - 1, action.micro_batch)
+        if action.kind == "backward_weight":
+            return Action("backward_input", stage, action.micro_batch)
+        if stage == last:
+            return Action("forward", stage, action.micro_batch)
+        return Action("backward_input", stage + 1, action.micro_batch)
 
     def _perform(self, rank: int, action: Action, start: float) -> None:
         self.actions[rank].append(action)
         self.free[rank] = end = start + COST[action.kind]
-        self.done[action._replace(kind="backward_input") if action.kind == "backward" else action] = end
+        self.done[_done(action)] = end
         goes_on = action.stage < self.layout.num_stages - 1 if action.kind == "forward" else action.stage > 0
         if action.kind == "backward_weight" or not goes_on:
             return
@@ -179,6 +190,11 @@ class _Play:
             receive = Action("receive_forward" if is_forward else "receive_backward", target, send.micro_batch)
             self.actions[self.layout.rank_of(send.stage)].append(send)
             self.actions[self.layout.rank_of(target)].append(receive)
+
+
+def _done(action: Action) -> Action:
+    """What others know an action as: a full backward pass is one that gives the gradients of inputs."""
+    return action._replace(kind="backward_input") if action.kind == "backward" else action
 
 
 def _with_messages(layout: PipelineLayout, order: Order) -> Schedule:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_hc.config import ParallelConfig
-from megatron_hc.parallel.schedules import Action, Schedule, forward_schedule, training_schedule
+from megatron_hc.parallel.schedules import _ORDERS, Action, Schedule, _Play, forward_schedule, training_schedule
 from megatron_hc.pipeline_layout import PipelineLayout
 
 CASES = [
@@ -146,3 +146,21 @@ def test_1f1b_keeps_few_micro_batches(size: int) -> None:
             held += (action.kind == "forward") - (action.kind == "backward")
             most = max(most, held)
         assert most == size - rank
+
+
+def test_playing_looks_only_at_what_can_have_changed() -> None:
+    """Not at all processes for every pass: of 64 with 512 micro-batches that took ten seconds, at every start."""
+    looks = 0
+
+    class Done(dict[Action, float]):
+        def __contains__(self, action: object) -> bool:
+            nonlocal looks
+            looks += 1
+            return super().__contains__(action)
+
+    layout = layout_of("1f1b", 16, 1)
+    order = _ORDERS["1f1b"](layout, 32)
+    play = _Play(layout, order)
+    play.done = Done()
+    play.run()
+    assert looks <= 2 * sum(map(len, order))
