@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -142,14 +142,23 @@ def check_not_taken(save: str, mesh: Mesh) -> None:
 
 
 @contextmanager
-def locked(save: str | None, mesh: Mesh) -> Iterator[None]:
-    """While the context lasts no other job may write to --save."""
+def locked(save: str | None, mesh: Mesh) -> Iterator[Callable[[], None]]:
+    """While the context lasts no other job may write to --save.
+
+    Gives what all ranks call together before they write there: ``ValueError`` where another job holds the lock by now.
+    """
     lock = SaveLock(save) if save is not None and mesh.is_first else None
     with all_ranks(mesh):
         if lock is not None:
             lock.__enter__()
+
+    def check() -> None:
+        with all_ranks(mesh):
+            if lock is not None:
+                lock.check()
+
     try:
-        yield
+        yield check
     finally:
         if lock is not None:
             lock.__exit__()

@@ -243,13 +243,14 @@ class Saver:
     tell.
 
     A save that the disk refuses does not end the run: it is said, what was saved before is untouched, and ``failed``
-    lists its iteration.
+    lists its iteration. What ``check_folder``, which is called before each save, raises does.
     """
 
     def __init__(self, mesh: Mesh, in_background: bool, say: Callable[[str], None]) -> None:
         group = mesh.group("writer" if in_background else "world")
         self.mesh = dataclasses.replace(mesh, groups={**mesh.groups, "world": group})
         self.failed: list[int] = []
+        self.check_folder: Callable[[], None] = lambda: None
         self._in_background, self._say = in_background, say
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -266,6 +267,7 @@ class Saver:
     ) -> None:
         """Like the function ``save``; all ranks call together."""
         self.wait()
+        self.check_folder()
         started, texts = time.monotonic(), _texts(state, arguments)
         staged = stage(tensors, self.mesh, copy=self._in_background)
 

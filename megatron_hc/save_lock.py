@@ -78,6 +78,18 @@ class SaveLock:
                 if self._is_ours():
                     os.utime(self.path)
 
+    def check(self) -> None:
+        """Refuse to go on (ValueError) where another job has taken the lock over: it has begun from what is saved."""
+        with contextlib.suppress(OSError):  # a file system that is away will say so itself
+            if not self._is_ours():
+                assert self._handle is not None
+                other = _who(_description(os.pread(self._handle, 65536, 0)))
+                raise ValueError(
+                    f"--save {self.path.parent} is another job's, as this one gave no sign of life for "
+                    f"{STALE_S:.0f} s: {other} has taken {NAME} over and goes on from the newest checkpoint; this job "
+                    "ends here and saves nothing more"
+                )
+
     def _is_ours(self) -> bool:
         """Whether nobody took the lock over while this process was still for too long, and wrote its own name."""
         return self._handle is not None and os.pread(self._handle, 65536, 0) == self._text

@@ -44,7 +44,7 @@ def train(parsed: Parsed) -> Progress:
     """
     with StopRequest(parsed.config.training) as stop:
         run = set_up(parsed, stop=stop)
-        with locked(run.config.checkpoint.save, run.mesh):
+        with locked(run.config.checkpoint.save, run.mesh) as run.saver.check_folder:
             return train_until_stopped(run)
 
 

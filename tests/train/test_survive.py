@@ -90,6 +90,19 @@ def test_only_the_signals_asked_for(flags: Flags, tmp_path: Path, monkeypatch: p
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_job_whose_lock_another_has_taken_over_writes_nothing_more(
+    flags: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    lock = tmp_path / "run" / "lock.json"
+    theirs = json.dumps({"host": "n7", "pid": 12, "time": "later"})
+    at_iteration(monkeypatch, 3, lambda: lock.write_text(theirs))
+    assert command(flags("--save-interval", 2)) == 2
+    error = capsys.readouterr().err
+    assert "process 12 on n7, started later has taken lock.json over" in error and "Traceback" not in error
+    assert latest_iteration(tmp_path / "run") == 2 and lock.read_text() == theirs
+    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_0000002"]
+
+
 # ---- spikes and iterations to skip ----
 
 

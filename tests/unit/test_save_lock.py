@@ -113,11 +113,14 @@ def test_an_old_lock_of_another_machine_is_stale(tmp_path: Path, caplog: pytest.
 def test_a_lock_that_another_job_has_taken_over_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was stopped for minutes, or whose disk was, neither renews nor removes it once it goes on."""
     monkeypatch.setattr(save_lock, "RENEW_S", 0.01)
-    with SaveLock(tmp_path):
+    with SaveLock(tmp_path) as lock:
+        lock.check()
         path = written(tmp_path, age_s=50.0)
         old = path.stat().st_mtime
         time.sleep(0.1)
         assert path.stat().st_mtime == old
+        with pytest.raises(ValueError, match="process 12 on n7, started .* has taken lock.json over"):
+            lock.check()
     assert json.loads(path.read_text())["host"] == "n7"
 
 
