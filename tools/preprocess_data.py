@@ -24,8 +24,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_hc.cli_megatron import NOT_NEEDED, VALUES, instead_of
 from megatron_hc.data.encode import Encoder, Stop, encoded, groups, leave_with_parent, start_method, stopping
+from megatron_hc.data.indexed import optimal_dtype
 from megatron_hc.data.inputs import add_input_arguments, check_input_arguments, described, open_inputs
 from megatron_hc.data.parts import Part, Progress, join, only_one, piece
 from megatron_hc.data.readers import Reader
@@ -155,6 +158,8 @@ def identity(options: argparse.Namespace, plan: Sequence[Sequence[Reader]], toke
         "keys": options.json_keys,
         "separator": options.document_separator,
         "tokenizer": [tokenizer.fingerprint, options.parse_special_tokens],
+        # By the size of the vocabulary, which --vocab-size can change beside the fingerprint.
+        "dtype": np.dtype(optimal_dtype(tokenizer.vocab_size)).name,
         "append_eod": options.append_eod,
     }
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]

@@ -137,6 +137,21 @@ def test_interrupted_anywhere_and_run_again(preprocess, tmp_path, monkeypatch, c
     assert at > 12 and went_on > 6
 
 
+def test_a_run_with_another_kind_of_number_begins_anew(preprocess, tmp_path, monkeypatch) -> None:
+    """--vocab-size widens a tokenizer from 16 to 32 bits per token, and is no part of its fingerprint."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a\nb\n" * 1000)
+    flags = ["--input", str(tmp_path / "a.txt"), "--tokenizer-type", "HuggingFaceTokenizer"]
+    flags += ["--tokenizer-model", str(tmp_path / "tokenizer.json")]
+    assert preprocess.main([*flags, "--output-prefix", str(tmp_path / "whole")]) == 0
+    flags += ["--output-prefix", str(tmp_path / "out")]
+    assert run_with_interruption(preprocess, monkeypatch, [*flags, "--vocab-size", "100000"], 6)
+    assert list(tmp_path.glob("out.partial-*/*/0.bin"))
+    assert preprocess.main(flags) == 0
+    assert files_of(tmp_path / "out_text_document") == files_of(tmp_path / "whole_text_document")
+
+
 @pytest.mark.parametrize("partitions", ["1", "2"])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_signals(tmp_path: Path, how: signal.Signals, partitions: str) -> None:
