@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import importlib.util
 import json
 import random
@@ -248,6 +249,21 @@ def test_random_bytes_and_random_json(server: Server) -> None:
             answer = server.post({"prompt": "a"} | {name: value(2) for name in numbers.sample(names, 2)})
         assert answer.status_code in (200, 400, 404), answer.text
     assert server.post({"prompt": "a"}).status_code == 200
+
+
+def test_a_body_far_too_long_is_answered_not_reset(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a client that sends all before it reads, as most do; only what is beyond all bounds is cut off."""
+    from megatron_hc.inference import server as module
+
+    for _ in range(2):  # the body has been read to its end
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        client.request("POST", "/v1/completions", bytes(8 << 20))
+        assert client.getresponse().status == 413
+        client.close()
+    monkeypatch.setattr(module, "DRAINED_BYTES", 1 << 20)
+    connection = raw(server, HEAD % (1 << 40) + bytes(10_000 + (1 << 20) + 1))
+    answer = connection.makefile("rb").read(12)  # though more was announced
+    assert answer == b"HTTP/1.1 413"
 
 
 def raw(server: Server, content: bytes) -> socket.socket:
