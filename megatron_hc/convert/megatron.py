@@ -163,10 +163,13 @@ def training_config(
 ) -> tuple[TrainConfig, int]:
     """Megatron-LM's arguments -> (our configuration, vocabulary size)."""
     model = model_arguments(args)
-    vocab = vocab_size or args.get("vocab_size") or rows
-    if not 0 < vocab <= rows:
-        raise ValueError(f"--vocab-size ({vocab}) must be at most the {rows} rows of the embedding")
     kind, path = args.get("tokenizer_type"), tokenizer_model or args.get("tokenizer_model")
+    trained = args.get("vocab_size")
+    if trained and kind == "NullTokenizer":
+        trained += 1  # end-of-document, which its --vocab-size does not count
+    vocab = trained or rows if vocab_size is None else vocab_size
+    if not 0 < vocab <= rows:
+        raise ValueError(f"--vocab-size ({vocab}) must be in 1 .. {rows}, the rows of the embedding")
     data: dict[str, Any] = {"tokenizer_type": "NullTokenizer", "vocab_size": vocab - 1}
     if kind in ("HuggingFaceTokenizer", "SentencePieceTokenizer") and path and Path(path).exists():
         data = {"tokenizer_type": kind, "tokenizer_model": str(Path(path).absolute()), "vocab_size": vocab}

@@ -189,6 +189,18 @@ def test_arguments_of_newer_versions(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (found.norm_epsilon, found.attention_backend) == (1e-3, "auto")
 
 
+def test_end_of_document_of_a_null_tokenizer_is_kept(tmp_path: Path) -> None:
+    """Its --vocab-size does not count end-of-document, which has the row after."""
+    model = write_checkpoint(tmp_path / "ours", small_config())
+    place = write_theirs(tmp_path / "theirs", model, padding=9)
+    changes = {"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB - 1}
+    torch.save({"args": argparse.Namespace(**vars(arguments_of(model.config, 9)) | changes)}, place / "common.pt")
+    assert tool("--load", tmp_path / "theirs", "--save", tmp_path / "new", "--allow-pickle") == 0
+    found = load_model(str(tmp_path / "new"))
+    assert (found.model.vocab_size, found.tokenizer.eod) == (VOCAB, VOCAB - 1)
+    assert found.model.embedding.weight[:VOCAB].equal(model.embedding.weight[:VOCAB])
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_checkpoint(tmp_path / "ours", small_config(MHC))
     place = write_theirs(tmp_path / "theirs", model, padding=0)
@@ -199,7 +211,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().err
 
     assert "add --allow-pickle" in error()
-    assert "--vocab-size (99) must be at most the 23 rows" in error("--allow-pickle", "--vocab-size", 99)
+    assert "--vocab-size (99) must be in 1 .. 23, the rows" in error("--allow-pickle", "--vocab-size", 99)
+    assert "--vocab-size (0) must be in 1 .. 23, the rows" in error("--allow-pickle", "--vocab-size", 0)
     assert "needs both models" in error("--allow-pickle", "--check-logits")
     arguments = arguments_of(model.config, 0)
     for changes, message in (
