@@ -60,7 +60,7 @@ class Generation:
     text: str = ""
     """What is certain of it."""
     text_at: list[int] = field(default_factory=list)
-    """Length of ``text`` before each token."""
+    """Characters before each token, those included that may yet turn out to begin a stop string."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
 
@@ -70,7 +70,7 @@ class Generation:
             self.finish = "stop"
         else:
             self.tokens.append(token)
-            self.text_at.append(len(self.text))
+            self.text_at.append(len(self.text) + self.writer.num_held)
             self.text += self.writer.add(token)
             if self.writer.is_stopped:
                 self.finish = "stop"

@@ -36,7 +36,7 @@ class Update(NamedTuple):
     tokens: list[int]
     logprobs: list[TokenLogprobs]
     text_at: list[int]
-    """Place in the whole text at which each token begins."""
+    """Place in the whole text at which each token begins, or would, where a stop string has cut it off."""
     finish: Finish | None
 
 

@@ -27,6 +27,11 @@ class TextWriter:
         self._held = ""
         self._num_waiting = 0  # tokens whose text has not been given
 
+    @property
+    def num_held(self) -> int:
+        """Whole characters that have come and were not given: they may begin a stop string."""
+        return len(self._held)
+
     def add(self, token: int) -> str:
         """The text that is certain now, beyond what earlier calls gave."""
         self._window.append(token)

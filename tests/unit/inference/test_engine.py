@@ -13,6 +13,7 @@ from helpers import VOCAB, build, randomise, small_config
 from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
 from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_hc.inference import Decoder, Engine, Request, TextWriter
+from megatron_hc.inference.engine import Generation
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.generate import Sampling, choose, generate, largest
 from megatron_hc.model.gpt import GPT
@@ -111,6 +112,15 @@ def test_logprobs_are_those_of_the_whole_text() -> None:
             top = row.topk(request.num_logprobs or 0)
             assert list(found.top) == top.indices.tolist()
             assert list(found.top.values()) == pytest.approx(top.values.tolist())
+
+
+def test_where_tokens_begin_in_the_text_beside_stop_strings() -> None:
+    """What may begin a stop string is held back, and its tokens have places of their own all the same."""
+    request = Request(prompt=(65,), max_new_tokens=20, stop=("abz", "!?"))
+    text = Generation(request, TextWriter(ByteTokenizer(), request.prompt, request.stop))
+    for token in "xabaé!?".encode():
+        text.take(token, 256)
+    assert (text.text, text.finish, text.text_at) == ("xabaé", "stop", [0, 1, 2, 3, 4, 4, 5, 6])
 
 
 def test_what_cannot_be_written_is_refused() -> None:
