@@ -25,7 +25,8 @@ class Validation:
 
     folder: a checkpoint's own, whose weights are filled in. data_path: dataset prefixes, with weights or not, all of
     which is for validation; without, the validation split of the checkpoint's run. num_samples: sequences of the
-    model's length, in the order of a run's first validation. Raises ``ValueError`` where there is no such data.
+    model's length, drawn as by a run that wants so many: where that takes more epochs of the data, the order is
+    another. Raises ``ValueError`` where there is no such data.
     """
 
     def __init__(

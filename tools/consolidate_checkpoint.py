@@ -78,7 +78,9 @@ def back(source: Path, root: str) -> str:
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0, 2 for what the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("source", help="an iter_N folder or a folder of them; with --back the file")
     parser.add_argument("target", help="the file; with --back a folder of checkpoints")
     parser.add_argument("--with-optimizer", action="store_true", help="the optimizer's state too")

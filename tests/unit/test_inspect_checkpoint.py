@@ -96,6 +96,12 @@ def test_differences_of_dtypes_that_torch_does_not_compare() -> None:
     assert numbers.startswith("1 of 2 numbers differ, by at most 5.000e-01")
 
 
+def test_flags_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        consolidate_checkpoint.main(["a", "b", "--with"])
+    assert "unrecognized arguments: --with" in capsys.readouterr().err
+
+
 def test_consolidated_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     halves = tuple(((row, 0), tensors()["model.a"][row : row + 1].clone()) for row in range(2))
     whole = tensors() | {"model.a": Stored((2, 2), torch.float32, halves)}
