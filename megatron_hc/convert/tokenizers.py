@@ -83,7 +83,10 @@ def _write_config(tokenizer: Tokenizer, target: Path) -> None:
 
 
 def _tokenizer(data: DataConfig) -> Tokenizer | None:
-    """The run's tokenizer, where it has files that still are where they were."""
-    if data.tokenizer_type not in ("HuggingFaceTokenizer", "SentencePieceTokenizer"):
+    """The run's tokenizer, where it has files that still are where they were, or needs none.
+
+    A NullTokenizer may stand for one that a model from elsewhere came without: its last id ends nothing then.
+    """
+    if data.tokenizer_type not in ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteTokenizer"):
         return None
     return tokenizer_of(data)

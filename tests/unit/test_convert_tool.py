@@ -106,6 +106,7 @@ def test_a_run_of_ours_as_a_family(family: str, tmp_path: Path, text: str) -> No
     assert tool(*TO_HF, "--load", tmp_path / "run", "--save", tmp_path / "out") == 0
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.config.model_type == family
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 256, "where its texts end"
     ours = load_model(str(tmp_path / "run")).model
     words = torch.tensor(IndexedDataset(text)[20][:32].astype(int))[None]
     with torch.no_grad():
