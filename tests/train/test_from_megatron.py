@@ -45,6 +45,10 @@ def test_it_is_refused_once_with_all_that_is_not_needed(argv: list[str]) -> None
     assert first == f"{len(expected)} arguments to mend"
     assert [line.split()[0] for line in listed] == expected
     assert all(" is not needed here: " in line for line in listed)
+    page = (SCRIPT.parents[2] / "docs" / "from-megatron.md").read_text()
+    shown = page[page.index("pretrain_gpt.py: error: ") :].split("```")[0].splitlines()
+    assert shown[0].endswith(first) and shown[1:3] == listed[:2] and shown[4] == listed[-1]
+    assert f"the usual flags, {len(flags)} of them" in page and command.startswith(shown[-1].removesuffix(" ..."))
     parsed = cli.parse([*shlex.split(command)[1:], "--transformer-impl", "local"])
     parsed.config.validate(world_size=8)
     assert parsed.config.parallel.data_parallel_sharding_strategy == "optim"
