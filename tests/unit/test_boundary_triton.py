@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import build, gradients, random_tokens, randomise, small_config
@@ -15,7 +16,7 @@ from test_boundary_sizes import BOUND, check, check_folds, poison, problem
 from megatron_hc.kernels import boundary
 from megatron_hc.kernels.coefficients import Form
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not IS_INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
@@ -63,6 +64,8 @@ FEW_TOKENS = [case for case in ALL_CASES if case[3] <= 7]  # the interpreter goe
 @pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_the_interpreter(marker: str) -> None:
     """In a process of its own: Triton decides when it is imported."""
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6 makes a loop's bound a number in a way that numpy 2.4 refuses: install numpy<2.4")
     command = [sys.executable, "-m", "pytest", "-x", "-m", marker, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     limit = 600 if marker == "not slow" else 7200
