@@ -77,8 +77,8 @@ class Slot:
     is_apart: bool = False
     """The master weights have memory of their own: another dtype, or another device."""
     is_fully_sharded: bool = False
-    eps_mult: float = 1.0
     """FSDP2 shards the parameter itself and reduces its gradient (parallel/fsdp.py)."""
+    eps_mult: float = 1.0
     arrivals: int = 0
     """Micro-batches of this step whose gradient has come."""
     main_grad: Tensor | None = None

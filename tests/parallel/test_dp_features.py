@@ -141,6 +141,25 @@ def test_one_process_waits_for_nothing() -> None:
     gatherer.wait_outside()
 
 
+def test_a_step_is_made_with_the_clipped_gradient() -> None:
+    """AdamW hardly sees a gradient's scale, and layouts that do not clip agree with one another: its moments tell."""
+    run = train.set_up(parse([*Cell(HYPER).flags, "--log-params-norm"]), Mesh())
+    optimizer = run.optimizer
+    weights = sum(float(slot.master.square().sum()) for slot in optimizer.slots)
+    assert optimizer.params_norm() == pytest.approx(weights**0.5, rel=1e-12)
+    optimizer.begin(1)
+    for slot in optimizer.slots:
+        slot.parameter.grad = torch.full_like(slot.parameter, 2.0)
+    optimizer.reduce_gradients()
+    norm = optimizer.grad_norm()
+    assert norm == pytest.approx(2 * sum(slot.master.numel() for slot in optimizer.slots) ** 0.5, rel=1e-12)
+    optimizer.step(norm, 1e-2, 0.0)
+    clipped = 2 * optimizer.config.clip_grad / norm
+    for slot in optimizer.slots:
+        expected = torch.full_like(slot.exp_avg, (1 - optimizer.config.adam_beta1) * clipped)
+        torch.testing.assert_close(slot.exp_avg, expected, rtol=1e-6, atol=0)
+
+
 # ---- what is kept where ----
 
 

@@ -213,6 +213,18 @@ def test_validation_and_test_at_their_times(licence: str, tmp_path: Path) -> Non
     assert torch.is_grad_enabled()
 
 
+def test_training_goes_on_in_training_mode_after_a_validation(licence: str, tmp_path: Path) -> None:
+    """With dropout, which a validation turns off, the same losses with and without it."""
+    found = []
+    for interval in (0, 1):
+        folder = tmp_path / str(interval)
+        folder.mkdir()
+        flags = ["--train-iters", 3, "--hidden-dropout", 0.5, "--eval-interval", interval, "--eval-iters", 1]
+        assert command(tiny(licence, folder, *flags)) == 0
+        found.append(losses(folder))
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
 def test_attention_backends_agree(licence: str, tmp_path: Path) -> None:
     found = {}
     for backend in ("auto", "flash", "unfused"):

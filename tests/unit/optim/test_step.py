@@ -132,6 +132,10 @@ def test_norm_of_bf16_is_summed_in_fp32() -> None:
     squared = grad_norm_squared([ones, torch.ones(1)])
     assert squared.dtype == torch.float32 and float(squared) == pytest.approx(4097.0, rel=1e-6)
     assert float(grad_norm_squared([])) == 0.0
+    large = torch.randn(3 * 2**14, generator=torch.Generator().manual_seed(0)).bfloat16()
+    both = [large, large[:9000]]  # more than a row of a CPU's, and less
+    wanted = sum(float(numbers.double().square().sum()) for numbers in both)
+    assert float(grad_norm_squared(both)) == pytest.approx(wanted, rel=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,7 +154,7 @@ def test_num_zeros() -> None:
 
 
 def test_clip_coefficient_is_that_of_torch() -> None:
-    for scale in (0.01, 1.0, 50.0):
+    for scale in (0.01, 0.08, 1.0, 50.0):  # norms of 0.09, 0.7, 9 and 450
         parameter = nn.Parameter(torch.zeros(64, dtype=torch.float64))
         parameter.grad = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * scale
         mine = parameter.grad * clip_coefficient(float(grad_norm_squared([parameter.grad]) ** 0.5), 1.0)
