@@ -277,6 +277,15 @@ def _read_yaml(found: _Found, file: str) -> None:
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
+        def construct_number(self, node: Any) -> Any:
+            """Refuse what YAML 1.1 takes for another number than its reader: octal 010, and 1:30, ninety."""
+            value = (self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float)(node)
+            if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+                found.errors.append(f"--yaml-cfg {file}: {node.value} is {value} in YAML: write {value}, or quote it")
+            return value
+
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", Loader.construct_number)
     found.in_file.clear()
     try:
         with open(file, encoding="utf-8") as stream:
