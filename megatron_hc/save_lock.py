@@ -82,8 +82,7 @@ class SaveLock:
         """Refuse to go on (ValueError) where another job has taken the lock over: it has begun from what is saved."""
         with contextlib.suppress(OSError):  # a file system that is away will say so itself
             if not self._is_ours():
-                assert self._handle is not None
-                other = _who(_description(os.pread(self._handle, 65536, 0)))
+                other = _who(_description(self.path.read_bytes()))
                 raise ValueError(
                     f"--save {self.path.parent} is another job's, as this one gave no sign of life for "
                     f"{STALE_S:.0f} s: {other} has taken {NAME} over and goes on from the newest checkpoint; this job "
@@ -91,8 +90,13 @@ class SaveLock:
                 )
 
     def _is_ours(self) -> bool:
-        """Whether nobody took the lock over while this process was still for too long, and wrote its own name."""
-        return self._handle is not None and os.pread(self._handle, 65536, 0) == self._text
+        """Whether no other job took the lock over, be it that this process was still for too long and another name was
+        written into the file, or that the file was deleted by hand and made anew."""
+        assert self._handle is not None
+        if not self.path.exists():
+            return True  # deleted, and nobody has come since
+        # Not read by its path: closing a file ends the record lock that this process has on it.
+        return _is_still_at(self.path, self._handle) and os.pread(self._handle, 65536, 0) == self._text
 
 
 def check_lock(folder: str | Path) -> None:

@@ -110,11 +110,17 @@ def test_an_old_lock_of_another_machine_is_stale(tmp_path: Path, caplog: pytest.
     assert "its last sign of life is 12" in caplog.text and "from process 12 on n7" in caplog.text
 
 
-def test_a_lock_that_another_job_has_taken_over_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_deleted", [False, True])  # by hand, as the refusal of the other job suggests
+def test_a_lock_that_another_job_has_taken_over_is_left_to_it(
+    is_deleted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that was stopped for minutes, or whose disk was, neither renews nor removes it once it goes on."""
     monkeypatch.setattr(save_lock, "RENEW_S", 0.01)
     with SaveLock(tmp_path) as lock:
         lock.check()
+        if is_deleted:
+            (tmp_path / NAME).unlink()
+            lock.check()
         path = written(tmp_path, age_s=50.0)
         old = path.stat().st_mtime
         time.sleep(0.1)
