@@ -204,7 +204,7 @@ def export_hf(
             pieces = list(all_pieces(model, vocab_size, NAMES[chosen]))
             check_complete(model, vocab_size, {piece.ours for piece in pieces})
         dtype = _write_weights(source, pieces, partial, options)
-        extra = tokenizers.export_tokenizer(config.data, vocab_size, partial)
+        extra = tokenizers.export_tokenizer(config.data, vocab_size, partial, options.say)
         if chosen is None:
             hf_config = write_code(model, vocab_size, dtype, partial)
         else:
@@ -213,8 +213,6 @@ def export_hf(
         (partial / "config.json").write_text(text, encoding="utf-8")
         if check is not None:
             check(partial)
-    if config.data.tokenizer_type in ("ByteTokenizer", "TikTokenizer"):
-        options.say(f"no tokenizer files: transformers has none for --tokenizer-type {config.data.tokenizer_type}")
     code = "modelling code of its own (load it with trust_remote_code=True)" if chosen is None else f"family {chosen}"
     options.say(f"{len(pieces)} tensors of {source.path} in {target}: {code}")
     return target

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_hc.config import DataConfig
+from megatron_hc.convert.byte_level import describe
 from megatron_hc.convert.shards import read_json
-from megatron_hc.data import Tokenizer, tokenizer_of
+from megatron_hc.data import ByteTokenizer, TikTokenizer, Tokenizer, tokenizer_of
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -46,11 +48,14 @@ def mend(folder: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         for name in ("backend", "is_local"):
             config.pop(name, None)
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(file, config)
 
 
-def export_tokenizer(data: DataConfig, vocab_size: int, target: Path) -> dict[str, Any]:
-    """Write a run's tokenizer into a Hugging Face folder; returns what config.json says of it."""
+def export_tokenizer(data: DataConfig, vocab_size: int, target: Path, say: Callable[[str], object]) -> dict[str, Any]:
+    """Write a run's tokenizer into a Hugging Face folder; returns what config.json says of it.
+
+    ``say`` is told where there is no file that transformers reads, and why.
+    """
     tokenizer = _tokenizer(data)
     if tokenizer is None:
         return {}
@@ -68,25 +73,38 @@ def export_tokenizer(data: DataConfig, vocab_size: int, target: Path) -> dict[st
             _write_config(tokenizer, target)
     elif data.tokenizer_type == "SentencePieceTokenizer":
         shutil.copyfile(path, target / "tokenizer.model")
+    elif isinstance(tokenizer, (ByteTokenizer, TikTokenizer)):
+        try:
+            _write_json(target / "tokenizer.json", describe(tokenizer))
+            _write_config(tokenizer, target)
+        except ValueError as error:
+            say(f"no tokenizer files: {data.tokenizer_type} {path}: {error}")
     return {"eos_token_id": tokenizer.eod} if tokenizer.eod < vocab_size else {}
 
 
 def _write_config(tokenizer: Tokenizer, target: Path) -> None:
-    """The least that makes AutoTokenizer read a bare tokenizer.json, and the end of a document where it has a name."""
+    """The least that makes AutoTokenizer read a bare tokenizer.json; end of a document and padding, if they have names.
+
+    transformers 4 takes spaces before punctuation out of texts where it is not told otherwise.
+    """
     added = read_json(target / "tokenizer.json").get("added_tokens") or []
     named = {item["id"]: item["content"] for item in added if isinstance(item, dict)}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if tokenizer.eod in named:
-        config["eos_token"] = named[tokenizer.eod]
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for key, i in (("eos_token", tokenizer.eod), ("pad_token", tokenizer.pad)):
+        if i in named:
+            config[key] = named[i]
+    _write_json(target / "tokenizer_config.json", config)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tokenizer(data: DataConfig) -> Tokenizer | None:
-    """The run's tokenizer, where it has files that still are where they were, or needs none.
+    """The run's tokenizer; None where there is none.
 
     A NullTokenizer may stand for one that a model from elsewhere came without: its last id ends nothing then.
     """
-    if data.tokenizer_type not in ("HuggingFaceTokenizer", "SentencePieceTokenizer", "ByteTokenizer"):
+    if data.tokenizer_type in (None, "NullTokenizer"):
         return None
     return tokenizer_of(data)

@@ -39,7 +39,8 @@ PATTERNS = {
 }
 
 
-def _import(package: str, kind: str) -> Any:
+def import_optional(package: str, kind: str) -> Any:
+    """A package that ``--tokenizer-type kind`` needs; ``ValueError`` names the extra to install."""
     try:
         return __import__(package)
     except ImportError as error:
@@ -56,7 +57,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, model: str, *, parse_special_tokens: bool = False, allow_fast: bool = True) -> None:
-        tokenizers = _import("tokenizers", type(self).__name__)
+        tokenizers = import_optional("tokenizers", type(self).__name__)
         path = Path(model)
         path = path / "tokenizer.json" if path.is_dir() else path
         is_gpt2 = not path.exists() and path.with_name("merges.txt").exists()
@@ -160,7 +161,7 @@ class _Fast:
     """A byte-level BPE run by tiktoken: ranks are the order of the merges, and a table turns them into the ids."""
 
     def __init__(self, pattern: str, ids: dict[bytes, int]) -> None:
-        tiktoken = _import("tiktoken", "TikTokenizer")
+        tiktoken = import_optional("tiktoken", "TikTokenizer")
         ranks = {token: rank for rank, token in enumerate(ids)}
         self._encoding = tiktoken.Encoding("fast", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self._table = np.array(list(ids.values()), dtype=np.int32)
@@ -184,7 +185,7 @@ def _tiktoken_equivalent(description: dict[str, Any], tokenizer: Any) -> _Fast |
     try:
         ids = _ids_in_merge_order(model)
         fast = _Fast(pattern, ids)
-        for text in _check_texts(list(ids)):
+        for text in check_texts(list(ids)):
             found = tokenizer.encode(text, add_special_tokens=False).ids
             if fast.encode(text).tolist() != found:
                 return None
@@ -210,7 +211,7 @@ def _word_pattern(description: dict[str, Any]) -> str | None:
     return (split.get("pattern") or {}).get("Regex")
 
 
-def _bytes_of_characters() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """Byte-level vocabularies spell a byte as a printable character: itself, or one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -219,7 +220,7 @@ def _bytes_of_characters() -> dict[str, int]:
 
 def _ids_in_merge_order(model: dict[str, Any]) -> dict[bytes, int]:
     """Token -> id: the single bytes, then what each merge makes, then words that no merge makes."""
-    spelled = _bytes_of_characters()
+    spelled = byte_characters()
     vocab: dict[str, int] = model["vocab"]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     order = [*spelled, *(left + right for left, right in merges)]
@@ -228,8 +229,8 @@ def _ids_in_merge_order(model: dict[str, Any]) -> dict[bytes, int]:
     return {bytes(spelled[character] for character in token): vocab[token] for token in dict.fromkeys(order)}
 
 
-def _check_texts(tokens: list[bytes]) -> list[str]:
-    """Text that meets every token and many of their neighbourhoods, and what cutting into words finds hard."""
+def check_texts(tokens: list[bytes]) -> list[str]:
+    """Texts that meet every token and many of their neighbourhoods, and what cutting into words finds hard."""
     chooser = random.Random(1)
     chosen = tokens + chooser.choices(tokens, k=CHECKED_PIECES)
     chooser.shuffle(chosen)
@@ -253,6 +254,8 @@ class TikTokenizer:
     In a .json the ids 0 .. ``num_special_tokens`` - 1 are special (2 is ``</s>``, end-of-document; 4 is ``<pad>``), the
     file's tokens follow, and ``vocab_size`` counts all of them (None: the whole file, up to 131,072). A .tiktoken file
     gets end-of-document after its last id. ``pattern`` is a key of ``PATTERNS``; None: v2 for .json, cl100k else.
+
+    ``ranks``: token -> id of what is not special, the order of the merges; ``special``: name -> id.
     """
 
     def __init__(
@@ -264,9 +267,9 @@ class TikTokenizer:
         vocab_size: int | None = None,
         parse_special_tokens: bool = False,
     ) -> None:
-        tiktoken = _import("tiktoken", type(self).__name__)
+        tiktoken = import_optional("tiktoken", type(self).__name__)
         is_json = Path(model).suffix == ".json"
-        pattern = pattern or ("v2" if is_json else "cl100k")
+        self.pattern = pattern or ("v2" if is_json else "cl100k")
         try:
             content = Path(model).read_bytes()
             tokens = _megatron_tokens(content) if is_json else _ranked_tokens(content)
@@ -283,25 +286,25 @@ class TikTokenizer:
                 )
             names = ["<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>"]
             names += [f"<SPECIAL_{i}>" for i in range(len(names), num_special_tokens)]
-            special = {name: i for i, name in enumerate(names)}
-            ranks = {token: i + num_special_tokens for i, token in enumerate(tokens[: size - num_special_tokens])}
-            self.eod, self.pad = special["</s>"], special["<pad>"]
+            self.special = {name: i for i, name in enumerate(names)}
+            self.ranks = {token: i + num_special_tokens for i, token in enumerate(tokens[: size - num_special_tokens])}
+            self.eod, self.pad = self.special["</s>"], self.special["<pad>"]
         else:
             if vocab_size is not None:
                 raise ValueError(
                     f"--vocab-size ({vocab_size}) is for a TikTokenizer's .json: {model} has {len(tokens)} tokens and "
                     "end-of-document, leave it out"
                 )
-            ranks = {token: i for i, token in enumerate(tokens)}
+            self.ranks = {token: i for i, token in enumerate(tokens)}
             self.eod, self.pad = len(tokens), -1
-            special = {"<|endoftext|>": self.eod}
-        self.vocab_size = max(*ranks.values(), *special.values()) + 1
-        self._special = set(special.values())
-        self._allowed: frozenset[str] = frozenset(special) if parse_special_tokens else frozenset()
+            self.special = {"<|endoftext|>": self.eod}
+        self.vocab_size = max(*self.ranks.values(), *self.special.values()) + 1
+        self._special = set(self.special.values())
+        self._allowed: frozenset[str] = frozenset(self.special) if parse_special_tokens else frozenset()
         self._encoding = tiktoken.Encoding(
-            "text", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special
+            "text", pat_str=PATTERNS[self.pattern], mergeable_ranks=self.ranks, special_tokens=self.special
         )
-        settings = f"{pattern} {self.vocab_size} {self.eod}"
+        settings = f"{self.pattern} {self.vocab_size} {self.eod}"
         self._fingerprint = fingerprint_of(b"TikTokenizer", content, settings.encode())
 
     @property

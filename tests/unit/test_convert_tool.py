@@ -95,7 +95,7 @@ FLAGS = {
 @pytest.mark.parametrize("family", FLAGS)
 def test_a_run_of_ours_as_a_family(family: str, tmp_path: Path, text: str) -> None:
     """A few steps, then the same loss on the same text in transformers."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_hc.data import IndexedDataset
     from megatron_hc.inference import load_model
@@ -107,6 +107,10 @@ def test_a_run_of_ours_as_a_family(family: str, tmp_path: Path, text: str) -> No
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.config.model_type == family
     assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 256, "where its texts end"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    hard = "na\u00efve  \u4f60\n\t\x00 ."
+    assert tokenizer(hard)["input_ids"] == list(hard.encode()) and tokenizer.decode(list(hard.encode())) == hard
+    assert tokenizer.eos_token_id == tokenizer(tokenizer.eos_token)["input_ids"][0] == 256
     ours = load_model(str(tmp_path / "run")).model
     words = torch.tensor(IndexedDataset(text)[20][:32].astype(int))[None]
     with torch.no_grad():

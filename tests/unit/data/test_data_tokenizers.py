@@ -15,6 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_hc.config import DataConfig
+from megatron_hc.convert import byte_level
+from megatron_hc.convert.tokenizers import export_tokenizer
 from megatron_hc.data import HuggingFaceTokenizer, TikTokenizer, build_tokenizer, check_record, tokenizer_of
 from megatron_hc.data.tokenizer_bpe import PATTERNS
 
@@ -245,6 +247,42 @@ def test_tiktoken_file(gpt2_like: Path, tmp_path: Path) -> None:
     assert TikTokenizer(str(path)).fingerprint != tokenizer.fingerprint
     with pytest.raises(ValueError, match=r"--vocab-size \(9000\) is for a TikTokenizer's .json: .*own.tiktoken has"):
         TikTokenizer(str(path), vocab_size=9000)
+
+
+@pytest.mark.parametrize(("size", "pattern"), [(None, "v2"), (1400, "v1"), (None, "o200k")])
+def test_as_a_tokenizer_json(megatron_json: Path, tmp_path: Path, size: int | None, pattern: str) -> None:
+    """What a checkpoint's export gives to transformers has the same ids, and so has what is read back from there."""
+    transformers = pytest.importorskip("transformers")
+    data = DataConfig(
+        tokenizer_type="TikTokenizer", tokenizer_model=str(megatron_json), vocab_size=size, tiktoken_pattern=pattern
+    )
+    ours = tokenizer_of(data)
+    assert export_tokenizer(data, 2000, tmp_path, pytest.fail) == {"eos_token_id": 2}
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    back = HuggingFaceTokenizer(str(tmp_path))
+    assert (theirs.eos_token_id, theirs.pad_token_id, back.eod, back.pad) == (2, 4, 2, 4)
+    assert len(theirs) == back.vocab_size == ours.vocab_size and back.is_fast
+    for text in (HARD, (ROOT / "megatron_hc" / "train.py").read_text(), " .  ,", ""):
+        ids = ours.tokenize(text)
+        assert back.tokenize(text) == theirs(text, split_special_tokens=True)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    assert theirs("a</s>b")["input_ids"][1] == 2 and theirs.decode([2, 4], skip_special_tokens=True) == ""
+
+
+def test_a_tokenizer_json_that_cannot_be(gpt2_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ordinary token spelt like the special one, or another id: no file, and a sentence that says why."""
+    tokens = [*tokens_of(gpt2_like), b"<|endoftext|>"]
+    path = tmp_path / "own.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
+    data = DataConfig(tokenizer_type="TikTokenizer", tokenizer_model=str(path), tiktoken_pattern="gpt2")
+    said: list[str] = []
+    assert export_tokenizer(data, 2000, tmp_path, said.append) == {"eos_token_id": len(tokens)}
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens[:-1])))
+    monkeypatch.setattr(byte_level, "_merges", lambda ranks: [])
+    assert export_tokenizer(data, 2000, tmp_path, said.append) == {"eos_token_id": len(tokens) - 1}
+    assert f"{path}: its special token <|endoftext|> (id {len(tokens)}) is an ordinary one too" in said[0]
+    assert "a tokenizer.json of it gives other ids for" in said[1]
+    assert not list(tmp_path.glob("*.json"))
 
 
 @pytest.mark.parametrize(
