@@ -39,6 +39,8 @@ TRAINING_ONLY = {
     *("init_method_std", "attention_dropout", "hidden_dropout", "make_vocab_size_divisible_by", "fused_residual"),
     *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_input_jitter_eps"),
     *("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy", "moe_grouped_gemm"),
+    *("fused_residual_backend", "attention_backend", "attention_softmax_in_fp32", "fp32_residual_connection"),
+    *("seq_length", "max_position_embeddings"),  # learned positions are weights, whose shapes must be equal
 }
 """Settings of the model in which the checkpoints of one soup may differ: the weights' function does not."""
 

@@ -45,9 +45,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def changed(source: Path, target: Path, change: Any) -> Path:
-    """A copy of a checkpoint with other tensors."""
+def changed(source: Path, target: Path, change: Any, **settings: object) -> Path:
+    """A copy of a checkpoint with other tensors, and other arguments."""
     state, arguments = checkpoint.read_state(source), checkpoint.read_origins(source)
+    for name, value in settings.items():
+        arguments[name] = arguments[name] | {"value": value}
     tensors = {name: change(name, tensor) for name, tensor in tensors_of(source).items()}
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     return checkpoint.save_one_by_one(
@@ -96,6 +98,15 @@ def test_a_uniform_soup_is_the_mean(
     assert f"{Validation(folder, num_samples=6).loss():.6f}" in out[3]
     further = tiny(licence, tmp_path, "--train-iters", 7, *EXPERTS, "--load", tmp_path / "soup", "--no-load-optim")
     assert command(further) == 0 and len(losses(tmp_path)) == 1
+
+
+def test_a_soup_of_other_kernels_and_lengths(run: Path, tmp_path: Path) -> None:
+    """What does not change the weights' function keeps no checkpoint out."""
+    settings = {"attention_backend": "unfused", "fused_residual_backend": "torch", "seq_length": 16}
+    other = changed(run / "iter_0000002", tmp_path / "other", lambda name, tensor: tensor, **settings)
+    call(average_checkpoints, run / "iter_0000002", other, "--output", tmp_path / "soup")
+    other = changed(run / "iter_0000002", tmp_path / "more", lambda name, tensor: tensor, rotary_base=500.0)
+    call(average_checkpoints, run / "iter_0000002", other, "--output", tmp_path / "none", code=2)
 
 
 def test_a_greedy_soup(run: Path, licence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
