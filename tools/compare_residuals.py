@@ -53,7 +53,7 @@ class Task:
 
     def command(self, launcher: Sequence[str]) -> list[str]:
         save_interval = (
-            [] if "--save-interval" in self.flags else ["--save-interval", str(max(1, self.iterations // 4))]
+            [] if "--save-interval" in flags_in(self.flags) else ["--save-interval", str(max(1, self.iterations // 4))]
         )
         folders = ["--save", str(self.folder), "--load", str(self.folder)]
         metrics = ["--metrics-jsonl", str(self.folder / "metrics.jsonl")]
@@ -97,7 +97,10 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def read_method(text: str) -> tuple[str, list[str]]:
     """NAME, or NAME=CONNECTION AND FLAGS -> name and flags."""
     name, equals, rest = text.partition("=")
-    words = shlex.split(rest if equals else text)
+    try:
+        words = shlex.split(rest if equals else text)
+    except ValueError as error:
+        raise ValueError(f"--methods {text!r}: {error}") from error
     if not words or not name.strip():
         raise ValueError(f"--methods {text!r} must be NAME or NAME=CONNECTION AND FLAGS")
     connection = [] if words[0].startswith("--") else ["--residual-connection", words.pop(0)]
@@ -124,7 +127,7 @@ def tasks_of(options: argparse.Namespace, shared: Sequence[str]) -> list[Task]:
         for lr in options.lrs:
             for name, flags in methods:
                 rates = ["--lr", repr(lr), "--min-lr", repr(lr * options.min_lr_ratio)]
-                log = [] if "--log-interval" in shared else ["--log-interval", "1"]
+                log = [] if "--log-interval" in flags_in(shared) else ["--log-interval", "1"]
                 words = (*shared, *data_flags(options), *log, *flags, *rates, "--seed", str(seed))
                 safe = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
                 folder = options.output / "runs" / f"{safe}-lr{lr:g}-seed{seed}"
@@ -137,9 +140,13 @@ def tasks_of(options: argparse.Namespace, shared: Sequence[str]) -> list[Task]:
 
 
 def own_flags(words: Sequence[str]) -> list[str]:
-    """Those of ``OWN``, also where a value is joined to them by =."""
-    given = {word.partition("=")[0] for word in words}
-    return [flag for flag in OWN if flag in given]
+    """Those of ``OWN``."""
+    return [flag for flag in OWN if flag in flags_in(words)]
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """The flags among the words, also where a value is joined to them by =."""
+    return {word.partition("=")[0] for word in words}
 
 
 def data_flags(options: argparse.Namespace) -> list[str]:
@@ -165,7 +172,10 @@ def check(tasks: Sequence[Task], options: argparse.Namespace) -> None:
     record = options.output / "comparison.json"
     wanted = {task.folder.name: list(task.flags) for task in tasks}
     if record.exists():
-        known = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{record} cannot be read: {error}: name another folder as --output") from error
         changed = [name for name in known.keys() & wanted.keys() if known[name] != wanted[name]]
         if changed:
             raise ValueError(
@@ -175,6 +185,17 @@ def check(tasks: Sequence[Task], options: argparse.Namespace) -> None:
         if wanted == known:
             return
     write(record, lambda beside: beside.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+
+
+def launcher_of(options: argparse.Namespace) -> list[str]:
+    """The words of --launcher; the default is one program, whatever is in its path."""
+    try:
+        words = [options.launcher] if options.launcher == sys.executable else shlex.split(options.launcher)
+    except ValueError as error:
+        raise ValueError(f"--launcher {options.launcher}: {error}") from error
+    if not words:
+        raise ValueError("--launcher is empty: leave it out, or name the command before pretrain_gpt.py")
+    return words
 
 
 def write_data(options: argparse.Namespace) -> None:
@@ -212,7 +233,10 @@ def run(task: Task, launcher: Sequence[str]) -> None:
     """Train until done; what it prints goes to log.txt in its folder."""
     task.folder.mkdir(parents=True, exist_ok=True)
     with (task.folder / "log.txt").open("a", encoding="utf-8") as log:
-        code = subprocess.run(task.command(launcher), stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        try:
+            code = subprocess.run(task.command(launcher), stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        except OSError as error:
+            raise ValueError(f"--launcher {shlex.join(launcher)} cannot be started: {error.strerror}") from error
     text = (task.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-4000:]
     if code and "are not both finite" not in text:
         last = text.strip().splitlines()[-1] if text.strip() else "no output"
@@ -243,7 +267,7 @@ def report(tasks: Sequence[Task], options: argparse.Namespace) -> None:
     ]
     parameters = {task.name: num_parameters(task) for task in {task.name: task for task in done}.values()}
     summaries = comparison_report.summarise(results, parameters)
-    about = sentences(done, tasks, options)
+    about = sentences(results, tasks, options)
     comparison_report.write_csv(results, summaries, options.output)
     content = comparison_report.page(results, summaries, about, options.title)
     write(options.output / "compare.html", lambda beside: beside.write_text(content, encoding="utf-8"))
@@ -255,21 +279,21 @@ def report(tasks: Sequence[Task], options: argparse.Namespace) -> None:
     print(f"wrote compare.html, {'compare.png, ' if has_picture else ''}runs.csv and summary.csv in {options.output}")
 
 
-def sentences(done: Sequence[Task], tasks: Sequence[Task], options: argparse.Namespace) -> list[str]:
+def sentences(
+    results: Sequence[comparison_report.Result], tasks: Sequence[Task], options: argparse.Namespace
+) -> list[str]:
     """What was run, for the page."""
-    config = parse([*tasks[0].flags]).config
-    tokens = (config.training.train_iters or 0) * config.model.seq_length
-    tokens *= config.training.global_batch_size or config.training.micro_batch_size
+    # As the runs counted them: how many processes share a step is the launcher's affair.
+    tokens = max((run.curve[-1][0] for run in results if run.curve), default=0)
     rates = ", ".join(f"{lr:g}" for lr in options.lrs)
     rate = f"The learning rate was swept over {rates}, each method is at its best." if len(options.lrs) > 1 else (
         f"The learning rate was fixed at {rates} for all, not tuned for any method."
     )  # fmt: skip
-    model = config.model
-    missing = f" {len(tasks) - len(done)} of {len(tasks)} runs are not finished." if len(done) < len(tasks) else ""
+    model, missing = parse([*tasks[0].flags]).config.model, len(tasks) - len(results)
     return [
-        f"{options.seeds} seeds, {tokens:,} tokens each, the same in the same order for every method of a seed;",
+        f"{options.seeds} seeds, {tokens:,.0f} tokens each, the same in the same order for every method of a seed;",
         f"{model.num_layers} layers, {model.hidden_size} wide, {model.seq_length} tokens a sample.",
-        rate + missing,
+        rate + (f" {missing} of {len(tasks)} runs are not finished." if missing else ""),
     ]
 
 
@@ -279,6 +303,7 @@ def main(argv: list[str]) -> int:
         tasks = tasks_of(options, shared)
         if options.task is not None and not 0 <= options.task < len(tasks):
             raise ValueError(f"--task ({options.task}) must be in 0 .. {len(tasks) - 1}")
+        launcher = launcher_of(options)
         check(tasks, options)
         write_data(options)
         if options.print_tasks:
@@ -286,7 +311,6 @@ def main(argv: list[str]) -> int:
                 print(f"{index}  {task.name}  lr {task.lr:g}  seed {task.seed}  {task.outcome or 'to do'}")
             print(f'as a Slurm array: --array=0-{len(tasks) - 1}, and --task "$SLURM_ARRAY_TASK_ID" in its command')
             return 0
-        launcher = shlex.split(options.launcher)
         for task in [] if options.report else tasks if options.task is None else [tasks[options.task]]:
             if task.outcome is None:
                 print(f"{task.name}, lr {task.lr:g}, seed {task.seed}", flush=True)

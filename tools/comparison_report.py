@@ -88,7 +88,11 @@ class Summary:
 
 def read_result(folder: Path, name: str, lr: float, seed: int, diverged: bool) -> Result:
     """A run from its metrics; of an iteration that occurs twice, the later record."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    file = folder / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}: delete {folder} to train this run again") from error
     trained = {r["iteration"]: r for r in records if "lm_loss" in r}
     checked = {r["iteration"]: r for r in records if "lm_loss_validation" in r}
 
@@ -130,17 +134,25 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return mean, math.nan, math.nan
-    freedom = len(differences) - 1
-    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96
-    half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = t_quantile(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t; behind the table by its expansion in 1 / freedom, right to four digits there."""
+    if freedom <= len(T_975):
+        return T_975[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def tokens_to_reach(curve: Points, loss: float) -> float:
     """Tokens at which a validation curve first comes down to ``loss``, between two points linearly; inf: never."""
+    if curve and curve[0][1] <= loss:
+        return curve[0][0]
     for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
         if y1 <= loss:
-            return x0 if y0 <= loss else x0 + (x1 - x0) * (y0 - loss) / (y0 - y1)
+            return x1 if math.isinf(y0) else x0 + (x1 - x0) * (y0 - loss) / (y0 - y1)
     return math.inf
 
 

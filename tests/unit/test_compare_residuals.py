@@ -63,6 +63,8 @@ def test_interval_is_students() -> None:
     half = 4.303 * math.sqrt(7 / 3) / math.sqrt(3)  # t(0.975, 2), variance 7 / 3
     assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half))
     assert math.isnan(reports.interval([1.0])[1])
+    assert reports.t_quantile(40) == pytest.approx(2.0211, abs=1e-4)
+    assert reports.t_quantile(60) == pytest.approx(2.0003, abs=1e-4)
     assert len(reports.T_975) == 30 and list(reports.T_975) == sorted(reports.T_975, reverse=True)
 
 
@@ -72,6 +74,9 @@ def test_tokens_to_reach() -> None:
     assert reports.tokens_to_reach(curve, 3.5) == 10.0
     assert reports.tokens_to_reach(curve, 1.75) == 35.0
     assert reports.tokens_to_reach(curve, 0.5) == math.inf
+    assert reports.tokens_to_reach([(10.0, 2.0), (20.0, 3.0), (30.0, 1.0)], 2.25) == 10.0, "up again after it"
+    assert reports.tokens_to_reach([(10.0, 2.0)], 2.0) == 10.0, "one validation, at the end"
+    assert reports.tokens_to_reach([(10.0, math.inf), (20.0, 1.0)], 2.0) == 20.0
 
 
 def test_best_rate_is_the_lowest_point_of_a_parabola() -> None:
@@ -158,6 +163,9 @@ SHARED = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length
         (["--methods", "plain", "--", "--lr=1"], "--lr behind -- is set by the comparison"),
         (["--methods", "plain", "x=hyper --seed 3"], "--seed of method x cannot be its own"),
         (["--methods", "hyper 4=hyper", "hyper_4=plain"], "would share the folder hyper_4-lr0.001-seed1"),
+        (["--methods", "x=hyper 'y"], "--methods \"x=hyper 'y\": No closing quotation"),
+        (["--methods", "plain", "--launcher", "", "--", *SHARED.split()], "--launcher is empty"),
+        (["--methods", "plain", "--launcher", "'", "--", *SHARED.split()], "--launcher ': No closing quotation"),
         (["--methods", "plain", "--seeds", "0"], "--seeds must be at least 1"),
         (["--methods", "plain", "--task", "3"], r"--task \(3\) must be in 0 .. 2"),
         (["--methods", "plain", "hypr", "--", "--num-layers", "1"], "method plain: "),
@@ -195,6 +203,35 @@ def test_refusals_of_inspect_residual(arguments: str, message: str, capfd: pytes
     assert caught.value.code == 2 and message in capfd.readouterr().err
 
 
+def test_flags_joined_to_their_values_count(tmp_path: Path) -> None:
+    """--save-interval=2 is not followed by the tool's own, which would win."""
+    shared = [*SHARED.split(), "--mock-data", "--tokenizer-type", "ByteTokenizer", "--save-interval=2"]
+    options, shared = compare.parse_arguments(
+        ["--output", str(tmp_path), "--methods", "plain", "--lrs", "1", "--", *shared, "--log-interval=3"]
+    )
+    command = compare.tasks_of(options, shared)[0].command(["python"])
+    assert "--save-interval" not in command and "--log-interval" not in command
+
+
+def test_a_launcher_that_is_not_there(tmp_path: Path) -> None:
+    shared = [*SHARED.split(), "--mock-data", "--tokenizer-type", "ByteTokenizer"]
+    options, shared = compare.parse_arguments(
+        ["--output", str(tmp_path), "--methods", "plain", "--lrs", "1", "--", *shared]
+    )
+    with pytest.raises(ValueError, match="--launcher no-such-program cannot be started: No such file"):
+        compare.run(compare.tasks_of(options, shared)[0], ["no-such-program"])
+
+
+def test_tokens_are_those_that_runs_have_seen(tmp_path: Path) -> None:
+    """Two processes without --global-batch-size share a step of twice as many samples."""
+    shared = [*SHARED.split(), "--mock-data", "--tokenizer-type", "ByteTokenizer"]
+    options, shared = compare.parse_arguments(
+        ["--output", str(tmp_path), "--methods", "plain", "--lrs", "1", "--", *shared]
+    )
+    text = compare.sentences([result("plain", 1, 2.0)], compare.tasks_of(options, shared), options)
+    assert "6,000 tokens each" in text[0] and text[-1].endswith(" 2 of 3 runs are not finished.")
+
+
 def test_runs_resumes_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Two methods, one seed; a task at a time as on a cluster; what is done is not done again."""
     text = tmp_path / "text.txt"
@@ -218,6 +255,14 @@ def test_runs_resumes_and_reports(tmp_path: Path, capfd: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         compare.main(arguments.replace("--TASK", "--report").replace(str(text), str(other)).split())
     assert "has data of another text" in capfd.readouterr().err
+    metrics = (folder / "metrics.jsonl").read_text()
+    for broken, file in ((metrics[:-9], "metrics.jsonl"), ("{", "comparison.json")):
+        target = folder / file if file == "metrics.jsonl" else tmp_path / "out" / file
+        target.write_text(broken)
+        with pytest.raises(SystemExit):
+            compare.main(arguments.replace("--TASK", "--report").split())
+        assert f"{target} cannot be read" in capfd.readouterr().err
+        (folder / "metrics.jsonl").write_text(metrics)
     page = tmp_path / "residual.html"
     assert inspect.main([str(folder), "--input", str(text), "--output", str(page), "--samples", "4"]) == 0
     checker = Checker()
