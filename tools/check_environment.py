@@ -25,6 +25,8 @@ from typing import Any
 
 from environment_probes import PARTS, Part, Unusable
 
+from megatron_hc.cli import exit_on_user_error
+from megatron_hc.outputs import replace_file
 from megatron_hc.packages import first_line, version_of
 
 PROG = "tools/check_environment.py"
@@ -111,7 +113,8 @@ def main(argv: Sequence[str]) -> int:
         if own.json == "-":
             print(text, end="")
         else:
-            Path(own.json).write_text(text, encoding="utf-8")
+            with exit_on_user_error(PROG):
+                replace_file(Path(own.json), lambda beside: beside.write_text(text, encoding="utf-8"))
     return exit_code(results, own.require)
 
 

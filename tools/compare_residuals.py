@@ -31,9 +31,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import comparison_report
-from compare_runs import write
 
 from megatron_hc.cli import exit_on_user_error, parse
+from megatron_hc.outputs import replace_file
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
 OWN = ("--seed", "--lr", "--min-lr", "--save", "--load", "--metrics-jsonl", "--residual-connection")
@@ -184,7 +184,7 @@ def check(tasks: Sequence[Task], options: argparse.Namespace) -> None:
         wanted = {**known, **wanted}
         if wanted == known:
             return
-    write(record, lambda beside: beside.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+    replace_file(record, lambda beside: beside.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
 
 
 def launcher_of(options: argparse.Namespace) -> list[str]:
@@ -220,7 +220,7 @@ def write_data(options: argparse.Namespace) -> None:
     from megatron_hc.data import IndexedDatasetWriter
 
     cut = len(text) * 9 // 10
-    write(record, lambda beside: beside.write_text(digest, encoding="utf-8"))
+    replace_file(record, lambda beside: beside.write_text(digest, encoding="utf-8"))
     for name, part in (("train", text[:cut]), ("valid", text[cut:])):
         with IndexedDatasetWriter(str(options.output / "data" / name), "uint16") as writer:
             writer.add_document(np.frombuffer(part, dtype=np.uint8).astype(np.uint16))
@@ -242,7 +242,7 @@ def run(task: Task, launcher: Sequence[str]) -> None:
         last = text.strip().splitlines()[-1] if text.strip() else "no output"
         raise ValueError(f"the run in {task.folder} ended with exit code {code}: {last}")
     outcome = "diverged" if code else "done"
-    write(task.folder / "outcome.txt", lambda beside: beside.write_text(outcome, encoding="utf-8"))
+    replace_file(task.folder / "outcome.txt", lambda beside: beside.write_text(outcome, encoding="utf-8"))
 
 
 def num_parameters(task: Task) -> int:
@@ -270,7 +270,7 @@ def report(tasks: Sequence[Task], options: argparse.Namespace) -> None:
     about = sentences(results, tasks, options)
     comparison_report.write_csv(results, summaries, options.output)
     content = comparison_report.page(results, summaries, about, options.title)
-    write(options.output / "compare.html", lambda beside: beside.write_text(content, encoding="utf-8"))
+    replace_file(options.output / "compare.html", lambda beside: beside.write_text(content, encoding="utf-8"))
     print(comparison_report.markdown(summaries))
     print(comparison_report.verdict(summaries), *about)
     has_picture = importlib.util.find_spec("matplotlib") is not None

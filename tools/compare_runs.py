@@ -12,7 +12,6 @@ import argparse
 import html
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hc.cli import exit_on_user_error
+from megatron_hc.outputs import replace_file
 
 Points = list[tuple[float, float]]
 
@@ -358,18 +358,7 @@ def draw(runs: Sequence[Run], title: str, output: Path) -> None:
         part.set_xticks(range(len(sources)), sources, rotation=60, fontsize=7)
         part.set_yticks(range(len(sources)), [*sources[1:], "output"], fontsize=7)
         part.set_title(f"{run.name}: input (row) takes output (column) with weight", fontsize=8)
-    write(output, lambda beside: figure.savefig(beside, format="png", dpi=130))
-
-
-def write(output: Path, save: Any) -> None:
-    """Replace a file in one step."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-        save(beside)
-        os.replace(beside, output)
-    except OSError as error:
-        raise ValueError(f"{output} cannot be written: {error.strerror}") from error
+    replace_file(output, lambda beside: figure.savefig(beside, format="png", dpi=130))
 
 
 def main(argv: list[str]) -> int:
@@ -384,7 +373,7 @@ def main(argv: list[str]) -> int:
             look_at_model(run, Path(folder), options)
             found.append(run)
         content = page(found, options.title)
-        write(options.output, lambda beside: beside.write_text(content, encoding="utf-8"))
+        replace_file(options.output, lambda beside: beside.write_text(content, encoding="utf-8"))
         print(f"wrote {options.output}")
         if options.png:
             draw(found, options.title, options.png)

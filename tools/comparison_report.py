@@ -19,6 +19,8 @@ from typing import Any
 
 import compare_runs
 
+from megatron_hc.outputs import replace_file
+
 Points = list[tuple[float, float]]
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -259,7 +261,7 @@ def write_csv(results: Sequence[Result], summaries: Sequence[Summary], folder: P
     writer.writerow(fields)
     writer.writerows([getattr(summary, name) for name in fields] for summary in summaries)
     for name, text in (("runs.csv", runs.getvalue()), ("summary.csv", table.getvalue())):
-        compare_runs.write(folder / name, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
+        replace_file(folder / name, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
 
 
 # Page and picture
@@ -400,4 +402,4 @@ def draw(results: Sequence[Result], summaries: Sequence[Summary], title: str, ou
     right.invert_yaxis()
     right.set(xlabel=f"validation loss minus {summaries[0].name}, paired by seed, 95 % interval")
     right.grid(alpha=0.25, axis="x")
-    compare_runs.write(output, lambda beside: figure.savefig(beside, format="png", dpi=100))
+    replace_file(output, lambda beside: figure.savefig(beside, format="png", dpi=100))

@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import math
 import sys
 from pathlib import Path
 
 from megatron_hc.cli import Parsed, exit_on_user_error, parse_with_checkpoint
+from megatron_hc.outputs import replace_file
 
 PROG = "tools/estimate.py"
 
@@ -56,7 +57,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> None:
 
     for name in ("num_gpus", "num_results", "tokens", "price_per_gpu_hour"):
         value = getattr(own, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value:g}")
     if own.price_per_gpu_hour is not None and own.tokens is None:
         raise ValueError("--price-per-gpu-hour needs --tokens, the length of the run")
@@ -74,9 +75,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> None:
         return
     print(shown)
     if own.json is not None:
-        beside = own.json.with_name(own.json.name + ".tmp")
-        beside.write_text(json.dumps(data, indent=2) + "\n")
-        os.replace(beside, own.json)
+        replace_file(own.json, lambda beside: beside.write_text(json.dumps(data, indent=2) + "\n"))
 
 
 def _figures() -> list[str]:

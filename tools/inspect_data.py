@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hc.cli import exit_on_user_error
 from megatron_hc.config import DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from megatron_hc.data.blend import BlendedDataset
 from megatron_hc.data.build import DEFAULT_SPLIT, build_datasets, cut, parse_blend, split_ranges
@@ -49,6 +50,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("train_samples", "seq_length"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(options, name)}")
+    if options.documents < 0:
+        parser.error(f"--documents must not be negative, not {options.documents}")
     return options
 
 
@@ -195,11 +198,8 @@ def inspect(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
+    with exit_on_user_error("inspect_data.py"):
         inspect(options)
-    except ValueError as error:
-        print(f"inspect_data.py: error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -30,6 +30,7 @@ from megatron_hc.inference import load_model
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.generate import Sampling, generate
 from megatron_hc.model.gpt import GPT
+from megatron_hc.outputs import replace_file
 from megatron_hc.residual_stats import Stats, measure
 
 PROMPT, SAMPLES = "The ", 8
@@ -280,7 +281,7 @@ def draw(title: str, stats: Stats, matrix: Sequence[Sequence[float]], num_layers
     if num_layers <= 12:
         axes.set_xticks(range(len(labels)), labels, rotation=70, fontsize=6)
         axes.set_yticks(range(len(labels)), [*labels[1:], "output"], fontsize=6)
-    compare_runs.write(output, lambda beside: image.savefig(beside, format="png", dpi=90))
+    replace_file(output, lambda beside: image.savefig(beside, format="png", dpi=90))
 
 
 def main(argv: list[str]) -> int:
@@ -300,7 +301,7 @@ def main(argv: list[str]) -> int:
             f"{folder.name}, {layers} layers, {config.model.hidden_size} wide; on {tokens.numel():,} tokens of {text}."
         )
         content = page(title, about, stats, matrix, layers)
-        compare_runs.write(options.output, lambda beside: beside.write_text(content, encoding="utf-8"))
+        replace_file(options.output, lambda beside: beside.write_text(content, encoding="utf-8"))
         print(f"wrote {options.output}")
         if options.png is not None:
             draw(title, stats, matrix, layers, options.png)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sysconfig
 from pathlib import Path
+
+from megatron_hc.cli import exit_on_user_error
+from megatron_hc.outputs import replace_file
 
 SKIPPED_FOLDERS = {
     "test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__", "lib2to3", "idlelib",
@@ -31,22 +33,30 @@ def is_table(text: str) -> bool:
     return sum(letter.isdigit() for letter in text) > LARGEST_SHARE_OF_DIGITS * len(text)
 
 
+def read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="ignore")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def write_corpus(root: Path, output: Path) -> tuple[int, int]:
     """Write the corpus and return (documents, characters); an interruption leaves no half-written file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".tmp")
     count = characters = 0
-    with open(beside, "w", encoding="utf-8") as file:
-        for path in documents(root):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if not text.strip() or is_table(text):
-                continue
-            file.write(json.dumps({"text": text, "source": str(path.relative_to(root))}) + "\n")
-            count, characters = count + 1, characters + len(text)
-    if count == 0:
-        beside.unlink()
-        raise SystemExit(f"make_corpus.py: error: no Python sources below {root}: give --root or your own text")
-    os.replace(beside, output)
+
+    def save(beside: Path) -> None:
+        nonlocal count, characters
+        with open(beside, "w", encoding="utf-8") as file:
+            for path in documents(root):
+                text = read(path)
+                if not text.strip() or is_table(text):
+                    continue
+                file.write(json.dumps({"text": text, "source": str(path.relative_to(root))}) + "\n")
+                count, characters = count + 1, characters + len(text)
+        if count == 0:
+            raise ValueError(f"no Python sources below {root}: give --root or your own text")
+
+    replace_file(output, save)
     return count, characters
 
 
@@ -57,7 +67,8 @@ def main() -> None:
         "--root", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of sources (default: stdlib)"
     )
     arguments = parser.parse_args()
-    count, characters = write_corpus(arguments.root, arguments.output)
+    with exit_on_user_error("make_corpus.py"):
+        count, characters = write_corpus(arguments.root, arguments.output)
     print(f"{arguments.output}: {count} documents, {characters / 1e6:.1f} MB of text")
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hc.cli import exit_on_user_error
+from megatron_hc.outputs import replace_file
 
 Points = list[tuple[float, float]]
 
@@ -83,7 +84,7 @@ def _from_console(line: str) -> dict[str, float]:
     validation = re.search(r"validation loss at iteration (\d+)(?: on (\w+) set)? *\|.*?lm loss value: (\S+)", line)
     if validation:
         number, split, loss = validation.groups()
-        return {"iteration": float(number), f"lm_loss_{split or 'validation'}": float(loss)}
+        return {"iteration": float(number)} | _number(f"lm_loss_{split or 'validation'}", loss)
     iteration = re.search(r"\biteration +(\d+)/ *\d+ \|", line)
     if not iteration:
         return {}
@@ -91,8 +92,16 @@ def _from_console(line: str) -> dict[str, float]:
     for field in line.split("|"):
         name, _, value = field.strip().rpartition(": ")
         if name in CONSOLE:
-            record[CONSOLE[name]] = float(value)
+            record |= _number(CONSOLE[name], value)
     return record
+
+
+def _number(key: str, text: str) -> dict[str, float]:
+    """{key: number}; nothing for what is none: a log that is cut off, or to which two processes write at once."""
+    try:
+        return {key: float(text)}
+    except ValueError:
+        return {}
 
 
 def load(file: Path, label: str, metric: str, axis: str, smooth: int) -> Run:
@@ -246,10 +255,7 @@ def draw(runs: Sequence[Run], metric: str, axis: str, output: Path) -> None:
     axes.set(xlabel=axis, ylabel=metric.replace("_", " "))
     axes.grid(alpha=0.3)
     axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.tmp")
-    figure.savefig(beside, format=output.suffix.lstrip("."), dpi=150)
-    os.replace(beside, output)
+    replace_file(output, lambda beside: figure.savefig(beside, format=output.suffix.lstrip("."), dpi=150))
 
 
 def main(argv: Sequence[str]) -> None:

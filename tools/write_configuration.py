@@ -8,14 +8,15 @@ A test compares the file with the code: run this after a change of a flag.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from megatron_hc.cli import exit_on_user_error
 from megatron_hc.cli_help import Group, default_of, groups
 from megatron_hc.cli_megatron import ALIASES, FAMILIES, NOT_NEEDED, REPLACED, VALUE, VALUES, NotNeeded
 from megatron_hc.cli_options import Option
 from megatron_hc.config import flag
+from megatron_hc.outputs import replace_file
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -106,9 +107,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the file to write (default: %(default)s)")
     output = parser.parse_args(argv).output
-    beside = output.with_name(f".{output.name}.partial")
-    beside.write_text(page(), encoding="utf-8")
-    os.replace(beside, output)
+    with exit_on_user_error("write_configuration.py"):
+        replace_file(output, lambda beside: beside.write_text(page(), encoding="utf-8"))
     print(f"wrote {output}")
     return 0
 

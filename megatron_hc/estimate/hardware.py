@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 
@@ -37,7 +38,7 @@ class Hardware:
         """The same with some figures given; raises ``ValueError`` for one that is not positive."""
         given = {name: value for name, value in changes.items() if value is not None}
         for name, value in given.items():
-            if value <= 0 and name != "reserved_gb" or value < 0:
+            if not math.isfinite(value) or value < 0 or (value == 0 and name != "reserved_gb"):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
             if name.endswith("efficiency") and value > 1:
                 raise ValueError(f"--{name.replace('_', '-')} is a share of at most 1, not {value}")

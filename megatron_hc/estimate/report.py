@@ -11,6 +11,7 @@ from typing import Any
 from megatron_hc.config import TrainConfig, flag, leaf_fields
 from megatron_hc.estimate.estimate import Estimate
 from megatron_hc.estimate.search import Result
+from megatron_hc.outputs import replace_file
 
 AXIS_NAMES = {
     **{"tp": "tensor parallel", "cp": "context parallel", "pp": "pipeline parallel", "dp": "data parallel"},
@@ -179,5 +180,8 @@ def draw(found: Estimate, file: Path) -> None:
     time.invert_yaxis()
     time.set(xlabel="seconds per step", title=f"{found.step_seconds:.3f} s per step, MFU {found.mfu:.1%}")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    kind = file.suffix.lstrip(".")
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"--output {file}: a picture's name ends in .png, .svg or .pdf")
+    replace_file(file, lambda beside: figure.savefig(beside, format=kind, dpi=120))
     pyplot.close(figure)

@@ -48,18 +48,18 @@ def search(config: TrainConfig, hardware: Hardware, world_size: int, vocab_size:
     refuse_unknown(config)
     small = _SmallTraces(vocab_size)
     rough: list[tuple[Choice, TrainConfig, Estimate]] = []
+    refusals: list[ValueError] = []
     for choice in choices(config, hardware, world_size):
         candidate = changed(config, choice)
         try:
             candidate.validate(world_size)
             rough.append((choice, candidate, small.estimate(candidate, hardware, world_size)))
-        except ValueError:
-            continue
-    if not rough:
+        except ValueError as error:
+            refusals.append(error)
+    if not rough:  # the first of all is the simplest: its refusal is about the batch, or about no layout at all
         raise ValueError(
-            f"no layout of {world_size} GPUs can train this: --num-attention-heads, --num-layers, --global-batch-size "
-            "or --num-experts share no divisor with it; change the number of GPUs or the batch"
-        )
+            f"no layout of {world_size} GPUs can train this; without tensor and pipeline parallelism: {refusals[0]}"
+        ) from refusals[0]
     rough.sort(key=lambda found: _order(found[2]))
     exact = [
         (choice, estimate(candidate, hardware, world_size, vocab_size))
@@ -116,7 +116,7 @@ def changed(config: TrainConfig, choice: Choice) -> TrainConfig:
         "expert_tensor_parallel_size": 1 if has_experts else None,
         "moe_token_dispatcher_type": "alltoall" if has_experts else "allgather",
         "overlap_grad_reduce": True,
-        "overlap_param_gather": True,
+        "overlap_param_gather": config.parallel.data_parallel_sharding_strategy != "no_shard",
     }
     of_others = (
         *("recompute_method", "recompute_num_layers", "recompute_modules", "residual_recompute_interval"),

@@ -163,7 +163,7 @@ SHARED = """--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length
         (["--methods", "plain", "--", "--lr=1"], "--lr behind -- is set by the comparison"),
         (["--methods", "plain", "x=hyper --seed 3"], "--seed of method x cannot be its own"),
         (["--methods", "hyper 4=hyper", "hyper_4=plain"], "would share the folder hyper_4-lr0.001-seed1"),
-        (["--methods", "x=hyper 'y"], "--methods \"x=hyper 'y\": No closing quotation"),
+        (["--methods", "x=hyper 'y"], '--methods "x=hyper \'y": No closing quotation'),
         (["--methods", "plain", "--launcher", "", "--", *SHARED.split()], "--launcher is empty"),
         (["--methods", "plain", "--launcher", "'", "--", *SHARED.split()], "--launcher ': No closing quotation"),
         (["--methods", "plain", "--seeds", "0"], "--seeds must be at least 1"),

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "log_sinks": {"config", "folders", "log_files"},
     "log_files": set(),
     "folders": set(),
+    "outputs": set(),
     "signals": {"config", "mesh", "parallel"},
     "spikes": {"config"},
     "save_lock": set(),
@@ -67,7 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "state",
         "stored",
     },  # fmt: skip
-    "estimate": {"config", "kernels", "log", "mesh", "model", "parallel", "pipeline_layout", "residual"},
+    "estimate": {"config", "kernels", "log", "mesh", "model", "outputs", "parallel", "pipeline_layout", "residual"},
     "evaluation": {"config", "data", "inference", "mesh", "model", "parallel"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {

@@ -75,6 +75,14 @@ def test_validations_against_samples_and_tokens(tool: ModuleType, tmp_path: Path
     assert tool.load(tmp_path / "c.log", "a", "lm_loss", "samples", 1).validation == [(40.0, 3.5), (80.0, 2.5)]
 
 
+def test_a_log_that_is_cut_off(tool: ModuleType, tmp_path: Path) -> None:
+    """In the middle of a number, as a log is whose run has been killed."""
+    for number, end in enumerate(("lm loss: 2.000000E", "lm loss value: 2.500000E")):
+        file = tmp_path / f"{number}.log"
+        file.write_text(CONSOLE[: CONSOLE.rindex(end) + len(end)])
+        assert tool.load(file, "b", "lm_loss", "iteration", 1).curve[0] == (5, 3.0)
+
+
 def test_smoothing(tool: ModuleType) -> None:
     points = [(1.0, 4.0), (2.0, 2.0), (3.0, 0.0)]
     assert tool.smoothed(points, 1) == points
@@ -144,6 +152,7 @@ def test_command(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
         ("a --against tokens", "a has no points of lm_loss against tokens: it holds no lines of metrics"),
         ("a --labels x y", "--labels has 2 names for 1 runs: give one for each"),
         ("a --smooth 0", "--smooth must be at least 1, not 0"),
+        ("a --output a/loss.png", "a/loss.png cannot be written: "),
         ("a --output loss.xyz", "--output loss.xyz: a picture's name ends in .png, .svg or .pdf"),
     ],
 )

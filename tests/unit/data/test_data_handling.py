@@ -19,6 +19,12 @@ from megatron_hc.data.tokenizer import write_record
 from megatron_hc.mesh import Mesh
 
 
+def code_of(tool: ModuleType, arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        tool.main(arguments)
+    return ended.value.code
+
+
 @pytest.fixture(scope="module")
 def preprocess() -> ModuleType:
     return load_tool("preprocess_data")
@@ -132,12 +138,32 @@ def test_what_is_in_a_dataset(preprocess, inspect, tmp_path, capfd) -> None:
     assert lines[8].startswith("  document 2 (801 tokens): 'longlong") and lines[8].endswith(" ...")
 
 
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (BrokenPipeError, 1)])
+def test_a_look_that_is_ended_early(error, code, inspect, tmp_path, monkeypatch, capfd) -> None:
+    """Ctrl-C, and ``| head``: no traceback."""
+
+    def ended(*arguments: object) -> None:
+        raise error
+
+    prefix = write_corpus(tmp_path / "c", [5])
+    monkeypatch.setattr(inspect, "show_documents", ended)
+    kept = os.dup(1)
+    try:
+        assert code_of(inspect, [prefix]) == code
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert "Traceback" not in capfd.readouterr().err
+    assert code_of(inspect, [prefix, "--documents", "-1"]) == 2
+    assert "--documents must not be negative, not -1" in capfd.readouterr().err
+
+
 def test_a_dataset_without_a_record(inspect, tmp_path, capfd) -> None:
     prefix = write_corpus(tmp_path / "c", [5, 0, 7])
     assert inspect.main([prefix]) == 0
     out = capfd.readouterr().out
     assert "no record of its tokenizer" in out and "empty documents: 1" in out and "(5 tokens): ids " in out
-    assert inspect.main([prefix, "--train-samples", "3"]) == 2
+    assert code_of(inspect, [prefix, "--train-samples", "3"]) == 2
     assert "its tokenizer is not known: give --tokenizer-type" in capfd.readouterr().err
     with IndexedDatasetWriter(str(tmp_path / "none")):
         pass
@@ -161,7 +187,7 @@ def test_the_sentencepiece_model_is_found_again(preprocess, inspect, tmp_path, c
     assert "(3 tokens): ids" in re.sub(r"\(\d+ tokens", "(3 tokens", capfd.readouterr().out)
     assert inspect.main([str(tmp_path / "out_text_document"), "--tokenizer-model", str(tmp_path / "moved.model")]) == 0
     assert "'some words'" in capfd.readouterr().out
-    assert inspect.main([str(tmp_path / "out_text_document"), "--tokenizer-type", "ByteTokenizer"]) == 2
+    assert code_of(inspect, [str(tmp_path / "out_text_document"), "--tokenizer-type", "ByteTokenizer"]) == 2
     assert "was written with another tokenizer" in capfd.readouterr().err
 
 
@@ -184,11 +210,11 @@ def test_blend_as_it_will_be_drawn(inspect, tmp_path, capfd) -> None:
 
 
 def test_inspect_refuses(inspect, tmp_path, capfd) -> None:
-    assert inspect.main([str(tmp_path / "nowhere")]) == 2
+    assert code_of(inspect, [str(tmp_path / "nowhere")]) == 2
     assert "nowhere.idx does not exist" in capfd.readouterr().err
     prefix = write_corpus(tmp_path / "c", [5])
     (tmp_path / "c.json").write_text("{")
-    assert inspect.main([prefix]) == 2
+    assert code_of(inspect, [prefix]) == 2
     assert "c.json cannot be read" in capfd.readouterr().err
 
 

@@ -60,14 +60,29 @@ def test_output(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
             ("--fp8-format", "e4m3", "--transformer-impl", "transformer_engine"),
             "--fp8-format e4m3 is not estimated: leave it out",
         ),
-        (("--num-gpus", "3", "--search", "--global-batch-size", "8"), "no layout of 3 GPUs can train this"),
+        (
+            ("--num-gpus", "3", "--search", "--global-batch-size", "8"),
+            "no layout of 3 GPUs can train this; without tensor and pipeline parallelism: --global-batch-size (8) must "
+            "be divisible by --micro-batch-size (1) times the data-parallel size (3)",
+        ),
+        (("--num-gpus", "2", "--search", "--min-lr", "1"), "--min-lr (1.0) must be between 0 and --lr"),
+        (("--tokens", "nan"), "--tokens must be positive, not nan"),
+        (("--memory-gb", "inf"), "--memory-gb must be positive, not inf"),
+        (("--json", "{here}/file/x"), "/file/x cannot be written: "),
+        (("--output", "{here}/file/x.png"), "/file/x.png cannot be written: "),
+        (("--output", "x.foo"), "--output x.foo: a picture's name ends in .png, .svg or .pdf"),
     ],
 )
 def test_refusals(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
 ) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:
-        run_tool(monkeypatch, *words)
+        run_tool(monkeypatch, *(word.format(here=tmp_path) for word in words))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -124,6 +139,14 @@ def test_flags_of_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert offloaded["weight_bytes"] == plain["weight_bytes"]
     run_tool(monkeypatch, "--transformer-impl", "transformer_engine", "--gradient-accumulation-fusion")
     assert "MFU" in capsys.readouterr().out
+
+
+def test_search_without_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is gathered there, and --overlap-param-gather would have every layout refused."""
+    monkeypatch.setattr("megatron_hc.estimate.search.MICRO_BATCHES", (1,))
+    config = parse([*MODEL.split(), "--data-parallel-sharding-strategy", "no_shard"]).config
+    best = search(config, HARDWARE["h100"], 2, 128, count=1)[0].estimate.config.parallel
+    assert best.data_parallel_sharding_strategy == "no_shard" and not best.overlap_param_gather
 
 
 def test_what_another_layout_needs_is_left_out() -> None:

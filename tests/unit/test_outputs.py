@@ -1,0 +1,54 @@
+"""What tools write for their user: whole or not at all, and one sentence where it cannot be written."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hc.outputs import replace_file
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def test_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "file"
+    replace_file(file, lambda beside: beside.write_text("one"))
+    assert file.read_text() == "one"
+
+    def full(beside: Path) -> None:
+        beside.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ValueError, match=f"{file} cannot be written: No space left on device"):
+        replace_file(file, full)
+    assert file.read_text() == "one" and [path.name for path in file.parent.iterdir()] == ["file"]
+    with pytest.raises(ValueError, match="file/x cannot be written: "):
+        replace_file(file / "x", lambda beside: beside.write_text("two"))
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("check_environment", ["--only", "sentencepiece", "--json", "{here}/file/x"]),
+        ("write_configuration", ["--output", "{here}/file/x"]),
+        ("make_corpus", ["--root", "{here}", "--output", "{here}/file/x"]),
+    ],
+)
+def test_tools_say_so(
+    name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "one.py").write_text("pass\n")
+    monkeypatch.syspath_prepend(TOOLS)
+    words = [word.format(here=tmp_path) for word in words]
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    with pytest.raises(SystemExit) as ended:
+        tool.main(words) if name != "make_corpus" else tool.main()
+    assert ended.value.code == 2 and "file/x cannot be written: " in capfd.readouterr().err
