@@ -21,9 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_hc.cli import exit_on_user_error, parse_with_checkpoint  # noqa: E402
+from megatron_hc.cli import Parsed, exit_on_user_error, parse_with_checkpoint  # noqa: E402
 from megatron_hc.config import TrainConfig  # noqa: E402
 
+COUNTED = {
+    "--nodes": "--nodes",
+    "--ntasks": "--nodes and --processes-per-node",
+    "--ntasks-per-node": "--processes-per-node",
+}
+"""Options of sbatch that say how many processes there are -> the flags that say it here."""
 TEMPLATES = {"torchrun": "pretrain.sbatch", "srun": "pretrain_srun.sbatch"}
 
 
@@ -48,11 +54,11 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     with exit_on_user_error("launch.py"):
         flags = options.flags[1:] if options.flags[:1] == ["--"] else options.flags
+        check_numbers(options)
         per_node = options.processes_per_node or options.gpus_per_node or 1
-        for name in ("nodes", "cpus_per_process"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(options, name)}")
-        config = parse_with_checkpoint(flags).config
+        parsed = parse_with_checkpoint(flags)
+        config = parsed.config
+        flags = [*flags, *folders_of_files(parsed)]
         if config.checkpoint.save is None:
             raise ValueError("--save FOLDER must be given: a job that stops resumes from there")
         config.validate(options.nodes * per_node)
@@ -63,6 +69,23 @@ def main(argv: list[str]) -> int:
         return 0
     print(check)
     return submit(batch_file, flags, per_node)
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    for name in ("nodes", "processes_per_node", "cpus_per_process"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if options.gpus_per_node < 0:
+        raise ValueError(f"--gpus-per-node must not be negative, not {options.gpus_per_node} (0: CPUs only)")
+
+
+def folders_of_files(parsed: Parsed) -> list[str]:
+    """--save and --load that stand in YAML, as flags: the batch script looks for them there, and adds --load SAVE."""
+    config = parsed.config.checkpoint
+    found = {"save": config.save, "load": config.load}
+    given = [(name, folder) for name, folder in found.items() if parsed.origins[name].startswith("yaml")]
+    return [word for name, folder in given if folder is not None for word in (f"--{name}", folder)]
 
 
 def template(launcher: str) -> str:
@@ -82,6 +105,10 @@ def sbatch_options(options: argparse.Namespace, per_node: int) -> dict[str, str]
     }
     for text in options.sbatch:
         name, _, value = text.partition("=")
+        if name in COUNTED:
+            raise ValueError(f"--sbatch={text}: the check goes by {COUNTED[name]}: use that")
+        if not name.startswith("--"):
+            raise ValueError(f"--sbatch={text}: write the long form of the option, as in --sbatch=--account=x")
         found[name] = value
     for name, value in found.items():
         if not re.fullmatch(r"--[a-z][a-z-]*", name) or not re.fullmatch(r"[^\s#'\"\\$`]*", value):

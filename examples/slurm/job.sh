@@ -31,10 +31,13 @@ flag_value() {
   printf '%s' "$value"
 }
 
+# Whether it is given, with its value behind a space or a =, or as --no-...: has_flag --load "$@"
 has_flag() {
-  local name=$1
+  local name=$1 word
   shift
-  for word in "$@"; do [ "$word" = "$name" ] && return 0; done
+  for word in "$@"; do
+    case $word in "$name" | "$name"=* | "--no-${name#--}") return 0 ;; esac
+  done
   return 1
 }
 

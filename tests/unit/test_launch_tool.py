@@ -53,6 +53,10 @@ def test_dry_run_prints_the_batch_file_and_the_layout(tool: ModuleType, capsys: 
         (["--", *FLAGS, "--save", "x", "--hiden-size", "3"], "--hiden-size is not a flag"),
         (["--", *FLAGS, "--save", "x", "--tensor-model-parallel-size", "3"], r"size \(3\) must divide"),
         (["--nodes", "3", "--", *FLAGS, "--save", "x", "--pipeline-model-parallel-size", "5"], "pipeline"),
+        (["--gpus-per-node", "-1", "--", *FLAGS, "--save", "x"], "--gpus-per-node must not be negative, not -1"),
+        (["--processes-per-node", "0", "--", *FLAGS, "--save", "x"], "--processes-per-node must be positive, not 0"),
+        (["--sbatch=--nodes=8", "--", *FLAGS, "--save", "x"], "--sbatch=--nodes=8: .* --nodes: use that"),
+        (["--sbatch=-Aaccount", "--", *FLAGS, "--save", "x"], "--sbatch=-Aaccount: write the long form"),
         (["--job-name", "a; rm -rf b", "--", *FLAGS, "--save", "x"], "cannot stand in a #SBATCH line"),
         (["--sbatch=--comment=$(id)", "--", *FLAGS, "--save", "x"], "cannot stand in a #SBATCH line"),
     ],
@@ -90,6 +94,28 @@ def test_launch_scripts_of_the_papers_models(
     out = capsys.readouterr().out
     assert f"--job-name={name.removesuffix('.sh')}" in out and "layout: " in out
     assert len(script.read_text().splitlines()) <= 6, "a few lines over one shared script"
+
+
+def test_folders_in_yaml_reach_the_batch_script(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It reads flags alone: without --save it ends, and without --load it would load from --save."""
+    (tmp_path / "folders.yaml").write_text("save: runs/new\nload: runs/old\n")
+    file = ["--yaml-cfg", str(tmp_path / "folders.yaml")]
+    assert tool.main(["--dry-run", "--", *FLAGS, *file]) == 0
+    assert f"{file[1]} --save runs/new --load runs/old\n" in capsys.readouterr().out
+    assert tool.main(["--dry-run", "--", *FLAGS, *file, "--save", "x", "--load=y"]) == 0
+    assert f"{file[1]} --save x --load=y\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, is_given",
+    [("--load x", True), ("--load=x", True), ("--no-load", True), ("--load-x y", False), ("--save x --lo", False)],
+)
+def test_flags_that_the_batch_script_finds(words: str, is_given: bool) -> None:
+    """What it does not find it adds, and the last one of two counts."""
+    script = f'. "{ROOT}/examples/slurm/job.sh"; has_flag --load {words}'
+    assert (subprocess.run(["bash", "-c", script]).returncode == 0) == is_given
 
 
 def test_batch_scripts_are_valid_bash() -> None:
