@@ -28,6 +28,7 @@ from megatron_hc.evaluation import Tasks
 from megatron_hc.kernels.boundary import check_backend
 from megatron_hc.log import Logger
 from megatron_hc.mesh import Mesh, build_mesh
+from megatron_hc.model.attention import check_attention
 from megatron_hc.model.gpt import GPT
 from megatron_hc.optim import BatchSchedule, LearningRate, WeightDecay, adam_update, parameter_groups
 from megatron_hc.parallel.compiled import compile_layers
@@ -199,6 +200,8 @@ def check_kernels(config: TrainConfig, mesh: Mesh) -> None:
     device, backend = torch.device(mesh.device), config.model.attention_backend
     if device.type == "cpu" and backend == "fused":
         raise ValueError("--attention-backend fused is cuDNN's and needs --device cuda, not cpu: use flash or auto")
+    if backend != "auto" and not config.backends.uses_transformer_engine:
+        check_attention(config.model, compute_dtype(config), config.data.reset_attention_mask, device)
     check_backend(config.model.fused_residual_backend, device)
     check_backends(config, device)
 

@@ -88,4 +88,10 @@ class DataConfig:
             self.tiktoken_num_special_tokens >= 7,
             f"--tiktoken-num-special-tokens ({self.tiktoken_num_special_tokens}) must be at least 7: <unk> .. <sep>",
         )
+        require(
+            self.tokenizer_type == "TikTokenizer"
+            or self.tiktoken_num_special_tokens == DataConfig.tiktoken_num_special_tokens,
+            f"--tiktoken-num-special-tokens ({self.tiktoken_num_special_tokens}) needs --tokenizer-type TikTokenizer, "
+            f"not {self.tokenizer_type}",
+        )
         positive(self, "vocab_size")

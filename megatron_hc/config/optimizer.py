@@ -83,6 +83,11 @@ class OptimizerConfig:
                 not (self.lr_warmup_iters or self.lr_warmup_samples),
                 f"--lr-warmup-fraction and --lr-warmup-{unit} exclude each other",
             )
+        require(
+            not self.lr_warmup_init or bool(self.lr_warmup_iters or self.lr_warmup_samples or self.lr_warmup_fraction),
+            f"--lr-warmup-init ({self.lr_warmup_init}) needs a warm-up: give --lr-warmup-{unit} or "
+            "--lr-warmup-fraction, or leave it out",
+        )
         self._validate_lengths(unit, train_iters if train_samples is None else train_samples)
         self._validate_weight_decay()
 
@@ -100,6 +105,11 @@ class OptimizerConfig:
             )
         else:
             require(last is None, f"--lr-wsd-decay-{unit} needs --lr-decay-style WSD, not {self.lr_decay_style}")
+            require(
+                self.lr_wsd_decay_style == OptimizerConfig.lr_wsd_decay_style,
+                f"--lr-wsd-decay-style {self.lr_wsd_decay_style} needs --lr-decay-style WSD, not "
+                f"{self.lr_decay_style}: leave it out",
+            )
 
     def _validate_weight_decay(self) -> None:
         start, end = self.start_weight_decay, self.end_weight_decay

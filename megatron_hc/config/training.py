@@ -77,6 +77,10 @@ class TrainingConfig:
         )
         require(bool(self.exit_signal), "--exit-signal must name a signal")
         require(
+            self.exit_signal_handler or self.exit_signal == TrainingConfig.exit_signal,
+            f"--exit-signal ({shown(self.exit_signal)}) needs --exit-signal-handler",
+        )
+        require(
             all(iteration > 0 for iteration in self.iterations_to_skip),
             f"--iterations-to-skip ({shown(self.iterations_to_skip)}) counts iterations from 1",
         )

@@ -6,6 +6,7 @@ Dims: S sequence, T keys (cached ones included), B batch, C hidden size, Q query
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -118,6 +119,30 @@ def chosen_kernels(backend: str, device: torch.device) -> AbstractContextManager
     if backend == "auto" and device.type == "cuda" and is_hopper(device):
         backend = "hopper"
     return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend], set_priority=True)
+
+
+def check_attention(config: ModelConfig, dtype: torch.dtype, has_mask: bool, device: torch.device) -> None:
+    """Try --attention-backend on a few tokens: ``ValueError`` where it cannot do what the run needs.
+
+    ``has_mask``: documents do not see each other. The random generators are left as they are.
+    """
+    S = min(config.seq_length, 128)
+    tokens = torch.ones(S, 1, config.num_attention_heads, config.head_size, dtype=dtype, device=device)
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool, device=device).tril() if has_mask else None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's reasons, kernel by kernel
+            q = tokens.requires_grad_()
+            k = tokens[:, :, : config.num_kv_heads]
+            CoreAttention(config, has_scaled_queries=False)(q, k, k, mask).sum().backward()
+    except RuntimeError as error:
+        needs = [f"heads of {config.head_size} channels in {str(dtype).removeprefix('torch.')}"]
+        needs += [f"--attention-dropout {config.attention_dropout:g}"] * (config.attention_dropout > 0)
+        needs += ["--reset-attention-mask"] * has_mask
+        raise ValueError(
+            f"--attention-backend {config.attention_backend} has no kernel on {device.type} for {', '.join(needs)}: "
+            "use auto"
+        ) from error
 
 
 @torch.compiler.assume_constant_result  # a compiler would end its graph at the question

@@ -237,6 +237,10 @@ def test_attention_backends_agree(licence: str, tmp_path: Path) -> None:
 def test_kernels_that_a_cpu_does_not_have(licence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for flags, message in (
         (["--attention-backend", "fused"], "--attention-backend fused is cuDNN's and needs --device cuda, not cpu"),
+        (
+            ["--attention-backend", "flash", "--attention-dropout", 0.1],
+            "--attention-backend flash has no kernel on cpu for heads of 8 channels in float32, --attention-dropout",
+        ),
         (["--fused-residual-backend", "triton"], "--fused-residual-backend triton needs"),
     ):
         assert command(tiny(licence, tmp_path, "--train-iters", 4, "--residual-connection", "hyper", *flags)) != 0

@@ -207,6 +207,18 @@ REFUSED = [
     ("--lr 0", "", "--lr (0.0) must be given and positive"),
     ("--min-lr 1", "", "--min-lr (1.0) must be between 0 and --lr (0.001)"),
     ("--lr-warmup-init 1", "", "--lr-warmup-init (1.0) must be between 0 and --lr (0.001)"),
+    ("--lr-warmup-init 1e-4", "", "--lr-warmup-init (0.0001) needs a warm-up: give --lr-warmup-iters or --lr-warmup-"),
+    (
+        "--lr-wsd-decay-style linear",
+        "",
+        "--lr-wsd-decay-style linear needs --lr-decay-style WSD, not linear: leave it out",
+    ),
+    ("--exit-signal SIGINT", "", "--exit-signal (SIGINT) needs --exit-signal-handler"),
+    (
+        "--tiktoken-num-special-tokens 2000",
+        "",
+        "--tiktoken-num-special-tokens (2000) needs --tokenizer-type TikTokenizer, not ",
+    ),
     ("--lr-decay-iters 0", "", "--lr-decay-iters must be positive, not 0"),
     ("--lr-warmup-iters -1", "", "--lr-warmup-iters must not be negative, not -1"),
     ("--weight-decay -1", "", "--weight-decay must not be negative, not -1.0"),
