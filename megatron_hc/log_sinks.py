@@ -73,15 +73,24 @@ def check_sinks(options: LogConfig) -> None:
             raise ValueError(f"{name} needs the {library} package: pip install 'megatron_hc[log]'")
     if options.metrics_jsonl is not None:
         check_folder("--metrics-jsonl: the folder", Path(options.metrics_jsonl).parent)
+        _refuse_device("--metrics-jsonl", options.metrics_jsonl)
         _lines_until(Path(options.metrics_jsonl), 0)
     for name, file in (("--heartbeat-file", options.heartbeat_file), ("--prometheus-file", options.prometheus_file)):
         if file is not None:
             check_folder(f"{name}: the folder", Path(file).parent)
             if Path(file).is_dir():
                 raise ValueError(f"{name} {file} is a folder: name a file")
+            _refuse_device(name, file)
     for name, folder in (("--tensorboard-dir", options.tensorboard_dir), ("--wandb-save-dir", options.wandb_save_dir)):
         if folder is not None:
             check_folder(name, folder)
+
+
+def _refuse_device(name: str, file: str) -> None:
+    """A device or pipe would be read without end, or be replaced by a file: /dev/null too, where root runs this."""
+    path = Path(file)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{name} {file} is a device or a pipe, which cannot be read again or replaced: name a file")
 
 
 def open_sinks(config: TrainConfig, start_iteration: int) -> list[Sink]:

@@ -10,11 +10,18 @@ from pathlib import Path
 def replace_file(output: Path, save: Callable[[Path], object]) -> None:
     """Have ``save`` write a file beside ``output`` and put it in its place; folders above it are made.
 
+    What is no file (/dev/stdout, a pipe) is written as it is: it must not be replaced by one.
+
     Raises:
         ValueError: it cannot be written; nothing is left beside it.
     """
+    if output.is_symlink():
+        output = output.resolve()
     beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
+        if output.exists() and not output.is_file() and not output.is_dir():
+            save(output)
+            return
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             save(beside)

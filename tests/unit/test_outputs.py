@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_hc.config import LogConfig
+from megatron_hc.log_sinks import check_sinks
 from megatron_hc.outputs import replace_file
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -27,6 +30,26 @@ def test_whole_or_not_at_all(tmp_path: Path) -> None:
     assert file.read_text() == "one" and [path.name for path in file.parent.iterdir()] == ["file"]
     with pytest.raises(ValueError, match="file/x cannot be written: "):
         replace_file(file / "x", lambda beside: beside.write_text("two"))
+
+
+def test_what_is_no_file_stays(tmp_path: Path) -> None:
+    """As root it could be replaced: the machine's /dev/null would be a file from then on."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    replace_file(pipe, lambda beside: beside.write_text("one"))
+    assert os.read(reader, 9) == b"one" and pipe.is_fifo()
+    os.close(reader)
+    link.symlink_to(tmp_path / "file")
+    replace_file(link, lambda beside: beside.write_text("two"))
+    assert link.is_symlink() and (tmp_path / "file").read_text() == "two"
+
+
+@pytest.mark.parametrize("name", ["metrics_jsonl", "heartbeat_file", "prometheus_file"])
+def test_logs_are_files(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a device or a pipe, which cannot be read again or replaced"):
+        check_sinks(LogConfig(**{name: str(tmp_path / "pipe")}))
 
 
 @pytest.mark.parametrize(
