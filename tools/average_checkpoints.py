@@ -70,6 +70,16 @@ def add_validation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer-model", help="the tokenizer's file, if it has moved since training")
 
 
+def refuse_validation_options(options: argparse.Namespace, given: str) -> None:
+    """Of ``add_validation_options``, where ``given`` reads no data."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_validation_options(parser)
+    defaults = vars(parser.parse_args([]))
+    idle = [f"--{name.replace('_', '-')}" for name, value in defaults.items() if getattr(options, name) != value]
+    if idle:
+        raise ValueError(f"{' and '.join(idle)} would do nothing with {given}, which reads no data: leave it out")
+
+
 def validation_of(folder: Path, options: argparse.Namespace) -> Validation:
     from megatron_hc.validation import Validation
 
@@ -172,6 +182,8 @@ def average(options: argparse.Namespace) -> str:
         readers = [stack.enter_context(checkpoint.Reader(folder)) for folder in folders]
         names = check_alike(readers)
         scored = options.method == "greedy" or options.score
+        if not scored:
+            refuse_validation_options(options, "--method uniform without --score")
         chosen, record = soup_of(readers, options.method, validation_of(folders[0], options) if scored else None)
         newest = max(chosen, key=lambda reader: checkpoint.read_state(reader.folder)["iteration"])
         state = checkpoint.read_state(newest.folder)

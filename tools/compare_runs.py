@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hc.cli import exit_on_user_error
+from megatron_hc.cli import exit_on_user_error, to_flat
+from megatron_hc.cli_options import options as options_of_runs
+from megatron_hc.config import TrainConfig
 from megatron_hc.outputs import replace_file
 
 Points = list[tuple[float, float]]
@@ -46,6 +48,8 @@ class Run:
     samples: list[tuple[str, str]] = field(default_factory=list)
     """(prompt, continuation)"""
     settings: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+    """What decides the numbers besides the residual path: flag -> value."""
 
     @property
     def final_loss(self) -> float | None:
@@ -120,6 +124,7 @@ def look_at_model(run: Run, folder: Path, options: argparse.Namespace) -> None:
         "peak learning rate": config.optimizer.lr,
         "seed": config.training.seed,
     }
+    run.others = others_of(config)
     sampling = Sampling(temperature=options.temperature, top_p=0.95, seed=options.seed)
     for prompt in options.prompt:
         ids = list(tokenizer.tokenize(prompt))
@@ -129,6 +134,27 @@ def look_at_model(run: Run, folder: Path, options: argparse.Namespace) -> None:
     # The weights of a hyper-connection depend on the tokens: measured on text that the model itself wrote.
     text_ids = tokenizer.tokenize("".join(prompt + text for prompt, text in run.samples))[: shape.seq_length]
     run.matrix = connection_matrix(model, torch.tensor([text_ids])).tolist()
+
+
+RESIDUAL = ("value_residual", "neutreno_coefficient", "single_layer_value", "norm_placement", "normformer_residual",
+            "init_scheme", "fused_residual")  # fmt: skip
+"""Beginnings of the model's settings that belong to the residual path, outside of its group."""
+
+WITHOUT_EFFECT = ("data_cache_path", "num_workers", "micro_batch_size", "exit_", "check_", "eval_", "compile")
+"""Beginnings of settings that two runs may have apart and still be compared."""
+
+
+def others_of(config: TrainConfig) -> dict[str, Any]:
+    """Model, data, schedule and length without the residual path."""
+    groups = ("model", "data", "optimizer", "training")
+    named = {name: option.path for name, option in options_of_runs().items() if option.path[0] in groups}
+    kept = [
+        name
+        for name, path in named.items()
+        if path[:2] != ("model", "residual") and not name.startswith((*RESIDUAL, *WITHOUT_EFFECT))
+    ]
+    values = to_flat(config)
+    return {name: values[name] for name in kept}
 
 
 # Page
@@ -207,8 +233,11 @@ def verdict(runs: Sequence[Run]) -> str:
 
 def fairness(runs: Sequence[Run]) -> str:
     """Whether the runs can be compared."""
-    if len({run.curve[-1][0] for run in runs}) > 1 or any(run.settings != runs[0].settings for run in runs):
-        return "<b>The runs differ in more than the residual path</b>: in size, data or length."
+    first = runs[0].settings | runs[0].others
+    apart = [name for name in first if any((run.settings | run.others).get(name) != first[name] for run in runs)]
+    apart += ["tokens seen"] * (len({run.curve[-1][0] for run in runs}) > 1)
+    if apart:
+        return f"<b>The runs differ in more than the residual path</b>: {html.escape(', '.join(apart))}."
     return (
         f"Every run saw the same {runs[0].curve[-1][0]:,.0f} tokens in the same order; only the residual path differs."
     )

@@ -25,7 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from average_checkpoints import add_validation_options, check_output, folder_of, validation_of
+from average_checkpoints import (
+    add_validation_options,
+    check_output,
+    folder_of,
+    refuse_validation_options,
+    validation_of,
+)
 
 from megatron_hc.cli import exit_on_user_error
 
@@ -182,8 +188,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--keep", type=int, required=True, help="experts that stay in every layer")
     parser.add_argument("--output", required=True, help="a new folder of checkpoints, for --load")
     add_validation_options(parser)
+    options = parser.parse_args(argv)
     with exit_on_user_error("prune_experts.py"):
-        prune(parser.parse_args(argv))
+        if not options.by_load:
+            refuse_validation_options(options, "--before")
+        prune(options)
     return 0
 
 

@@ -206,9 +206,7 @@ def test_pruned_by_load(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert line[0] == "loss" and float(line[1]) == pytest.approx(float(line[3]), abs=2e-6)
 
 
-def test_mistakes_are_one_sentence(
-    run: Path, licence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_sentence(run: Path, licence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = tiny(licence, tmp_path, "--train-iters", 2, "--save", tmp_path / "dense")
     assert command(flags) == 0
     first, output = run / "iter_0000002", tmp_path / "out"
@@ -237,6 +235,16 @@ def test_mistakes_are_one_sentence(
         (prune, [run, "--by-load", "--keep", 2, "--output", output], "--keep 2 is too few: "),
         (prune, [tmp_path / "dense", "--by-load", "--keep", 2, "--output", output], "has no experts"),
         (prune, [run, "--before", tmp_path / "dense", "--keep", 4, "--output", output], "must have the routers of"),
+        (
+            prune,
+            [run, "--before", first, "--keep", 4, "--output", output, "--data-path", "x", "--num-samples", 3],
+            "--data-path and --num-samples would do nothing with --before",
+        ),
+        (
+            average,
+            [run, first, "--output", output, "--data-path", "x"],
+            "--data-path would do nothing with --method uniform",
+        ),
         (prune, [damaged, "--before", run, "--keep", 4, "--output", output], "is not a whole checkpoint"),
     ):
         call(tool, *words, code=2)

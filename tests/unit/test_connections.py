@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import VOCAB, build, small_config
 
+from megatron_hc.cli import parse
 from megatron_hc.connections import connection_matrix, names
 from megatron_hc.residual import RESIDUALS
 from megatron_hc.residual.hyper import HyperConnection
@@ -132,6 +133,24 @@ def test_page_is_whole_and_loads_nothing(compare: ModuleType) -> None:
     assert content.count("<circle") == 4 and "-0.1000" in content
     numbers = [float(x) for x in re.findall(r'c[xy]="([-\d.]+)"', content)]
     assert all(0 <= number <= 960 for number in numbers)
+
+
+def test_runs_that_differ_in_more_than_the_residual_path(compare: ModuleType) -> None:
+    """Of the same size and length on other data, or with another MLP, they have not seen "the same tokens"."""
+
+    def run(words: str):
+        given = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 4 --micro-batch-size 1 --lr 1"
+        found = run_of(compare, "x", 4.0)
+        found.others = compare.others_of(parse([*given.split(), *words.split()]).config)
+        return found
+
+    plain = run("--data-path a --save x")
+    hyper = run("--data-path a --save y --residual-connection hyper --value-residual half --norm-placement peri")
+    assert "only the residual path differs" in compare.fairness([plain, hyper])
+    other = run("--data-path b --swiglu --residual-connection hyper")
+    assert compare.fairness([plain, other]).endswith("in more than the residual path</b>: swiglu, data_path.")
+    hyper.curve = hyper.curve[:-1]
+    assert compare.fairness([plain, hyper]).endswith(": tokens seen.")
 
 
 def test_ticks(compare: ModuleType) -> None:
