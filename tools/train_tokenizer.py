@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import random
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from megatron_hc.data.inputs import add_input_arguments, check_input_arguments, described, open_inputs
 from megatron_hc.data.streams import Unreadable
+from megatron_hc.outputs import replace_file
 
 LONGEST_LINE = 4096  # characters; the trainer would leave out longer lines, so they are cut
 
@@ -132,14 +132,9 @@ def train(options: argparse.Namespace) -> None:
     pieces = [
         f"{_printed(processor.id_to_piece(i))}\t{processor.get_score(i):g}\n" for i in range(processor.get_piece_size())
     ]
-    try:
-        Path(options.output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        for suffix, content in ((".vocab", "".join(pieces).encode()), (".model", model.getvalue())):
-            unfinished = Path(f"{options.output_prefix}{suffix}.partial")
-            unfinished.write_bytes(content)
-            os.replace(unfinished, f"{options.output_prefix}{suffix}")
-    except OSError as error:
-        raise ValueError(f"--output-prefix {options.output_prefix} cannot be written: {error.strerror}") from error
+    for suffix, content in ((".vocab", "".join(pieces).encode()), (".model", model.getvalue())):
+        file = Path(f"{options.output_prefix}{suffix}")
+        replace_file(file, lambda beside, content=content: beside.write_bytes(content))  # type: ignore[misc]
     print(f"{options.output_prefix}.model: {len(pieces)} tokens from {len(texts)} lines")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def test_logs_are_files(name: str, tmp_path: Path) -> None:
     [
         ("check_environment", ["--only", "sentencepiece", "--json", "{here}/file/x"]),
         ("write_configuration", ["--output", "{here}/file/x"]),
+        ("train_tokenizer", ["--input", "{here}/text", "--vocab-size", "280", "--output-prefix", "{here}/file/x"]),
+        ("train_tokenizer", ["--input", "{here}/text", "--vocab-size", "280", "--output-prefix", "{here}/new/file/x"]),
         ("make_corpus", ["--root", "{here}", "--output", "{here}/file/x"]),
     ],
 )
@@ -65,6 +68,8 @@ def test_tools_say_so(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "one.py").write_text("pass\n")
+    (tmp_path / "text").write_text("".join(f"to be or not to be {number}\n" for number in range(300)))
+    (tmp_path / "new" / "file" / "x.model").mkdir(parents=True)
     monkeypatch.syspath_prepend(TOOLS)
     words = [word.format(here=tmp_path) for word in words]
     monkeypatch.setattr(sys, "argv", [name, *words])
@@ -73,5 +78,6 @@ def test_tools_say_so(
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     with pytest.raises(SystemExit) as ended:
-        tool.main(words) if name != "make_corpus" else tool.main()
-    assert ended.value.code == 2 and "file/x cannot be written: " in capfd.readouterr().err
+        raise SystemExit(tool.main(words) if name != "make_corpus" else tool.main())
+    assert ended.value.code == 2 and re.search(r"file/x(\.\w+)? cannot be written: ", capfd.readouterr().err)
+    assert not list(tmp_path.rglob("*partial")), "nothing is left beside it"
