@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_hc import checkpoint, checkpoint_folder, checkpoint_save
@@ -27,6 +27,7 @@ from megatron_hc.checkpoint_access import choose
 from megatron_hc.checkpoint_folder import find_if_any
 from megatron_hc.config.training import CheckpointConfig
 from megatron_hc.mesh import AXES, Mesh
+from megatron_hc.stored import Stored
 
 ONE = Mesh()
 ARGUMENTS = {"hidden_size": {"value": 64, "origin": "command line"}, "lr": {"value": 1e-3, "origin": "default"}}
@@ -109,12 +110,22 @@ def test_views_of_one_buffer_parameters_and_transposes(tmp_path: Path) -> None:
     buffer = torch.arange(24.0)
     weight = torch.nn.Parameter(torch.randn(4, 3))
     tensors = {"model.a": buffer[:10], "model.b": buffer[10:].view(2, 7), "model.t": weight.t(), "model.w": weight}
-    folder = checkpoint.save(tmp_path, 1, tensors, {}, {}, mesh=ONE)
+    folder = checkpoint.save(tmp_path, 1, tensors | {"model.x": weight}, {}, {}, mesh=ONE)
     target = torch.nn.Parameter(torch.zeros(4, 3))
     found = {"model.a": torch.zeros(10), "model.b": torch.zeros(2, 7), "model.t": torch.zeros(3, 4), "model.w": target}
-    checkpoint.load(folder, found)
+    checkpoint.load(folder, found, prefixes=())
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    again = {"model.x": torch.zeros(4, 3)}
+    checkpoint.load(folder, again, prefixes=())
+    assert torch.equal(again["model.x"], weight)
     assert target.requires_grad and target.grad_fn is None
+
+
+def test_what_no_rank_has_is_not_saved_as_whole(tmp_path: Path) -> None:
+    part = Stored((4,), torch.float32, (((0,), torch.ones(3)),))
+    with pytest.raises(ValueError, match="model.w cannot be saved: the ranks hold 3 of the 4 elements of its shape"):
+        checkpoint.save(tmp_path, 1, {"model.w": part}, {}, {}, mesh=ONE)
+    assert listing(tmp_path) == []
 
 
 def test_part_of_the_names(tmp_path: Path) -> None:
@@ -140,6 +151,8 @@ def test_another_model_is_refused_before_anything_is_read(tmp_path: Path) -> Non
         checkpoint.load(folder, wrong)
     with pytest.raises(ValueError, match=r"optimizer.ids as torch.int64, which cannot be loaded as torch.float32"):
         checkpoint.load(folder, found | {"optimizer.ids": torch.zeros(13)})
+    with pytest.raises(ValueError, match=r"model.final.scale as torch.float32, which cannot be loaded as torch.int64"):
+        checkpoint.load(folder, found | {"model.final.scale": torch.zeros(1, dtype=torch.int64)})
     assert not any(tensor.any() for tensor in (found | extra | wrong).values())
 
 
@@ -265,6 +278,27 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, caplog: pytest.LogC
     (folder / "checkpoint.json").write_text('{"format": 1, "files"')
     with pytest.raises(ValueError, match="checkpoint.json is not the index"):
         checkpoint.find(tmp_path)
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_an_index_that_is_not_of_its_files_is_refused(is_short: bool, tmp_path: Path) -> None:
+    """A part that no file has would stay as it was, a file of other numbers would be cast."""
+    folder, name = save(tmp_path, 3), "model.layers.0.mlp.linear_fc1.weight"
+    manifest = checkpoint_folder.read_manifest(folder)
+    if is_short:
+        manifest["tensors"][name]["chunks"] = []
+        message = f"its index covers 0 of 30 elements of {name}$"
+    else:
+        file = folder / "model_00000.safetensors"
+        changed = {key: tensor.view(torch.int32) if key == name else tensor for key, tensor in load_file(file).items()}
+        save_file(changed, file)
+        manifest["files"][file.name] = file.stat().st_size
+        message = rf"holds {name} as I32 \[10, 3\], its index has float32 \[10, 3\]$"
+    (folder / "checkpoint.json").write_text(checkpoint_folder.manifest_text(manifest))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(folder, blank(numbers()))
+    with checkpoint.Reader(folder) as reader, pytest.raises(ValueError, match=message):
+        reader.read(name)
 
 
 def test_an_old_checkpoint_behind_a_link_does_not_stop_the_saves(tmp_path: Path) -> None:
@@ -445,8 +479,47 @@ def test_a_kill_before_every_single_step_of_a_save(tmp_path: Path, monkeypatch: 
     assert finished > 20
 
 
-def test_a_save_after_a_kill_between_renames_first_repairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_stops_finds_what_has_a_name_on_its_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and their folder are flushed before the rename, the names after it, the tracker likewise."""
+    flushed: set[tuple[int, int]] = set()
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+
+    def key(path: Path | int) -> tuple[int, int]:
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+
+    def flush(handle: int) -> None:
+        flushed.add(key(handle))
+        fsync(handle)
+
+    def named(partial: Path, final: Path) -> Path:
+        if final.name == "iter_0000001":
+            assert [path.name for path in (partial, *partial.iterdir()) if key(path) not in flushed] == []
+            flushed.clear()
+        return rename(partial, final)
+
+    def replaced(partial: Path, final: Path) -> None:
+        assert final.name == checkpoint_folder.TRACKER and {key(partial), key(tmp_path)} <= flushed
+        flushed.clear()
+        replace(partial, final)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", named)
+    monkeypatch.setattr(os, "replace", replaced)
+    save(tmp_path, 1)
+    assert flushed == {key(tmp_path)}
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])  # what has taken its place
+def test_a_save_after_a_kill_between_renames_first_repairs(
+    is_damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path, 5).rename(tmp_path / "iter_0000005.old")
+    if is_damaged:
+        shutil.copytree(tmp_path / "iter_0000005.old", tmp_path / "iter_0000005")
+        (tmp_path / "iter_0000005" / "model_00000.safetensors").unlink()
     assert_whole(checkpoint.find(tmp_path), 5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(ValueError, match="free space"):

@@ -37,6 +37,7 @@ def test_constant_batch() -> None:
 
 
 RAMPS = [((4, 4, 100), 16, 1000), ((8, 2, 37), 12, 301), ((4, 4, 7), 32, 90), ((4, 2, 90), 64, 90), ((8, 4, 50), 8, 99)]
+RAMPS += [((2, 2, 54), 28, 80)]  # 54 / (54 / 13) is less than 13, and a batch ends after 54 samples
 
 
 @pytest.mark.parametrize("ramp, largest, samples", RAMPS)
@@ -68,6 +69,21 @@ def test_the_run_takes_as_many_whole_batches_as_there_are_samples(
     for _ in range(schedule.total_iterations):
         consumed += schedule.global_batch_size(consumed)
     assert consumed <= samples < consumed + schedule.global_batch_size(consumed)
+
+
+@pytest.mark.parametrize("ramp, largest, samples", RAMPS)
+def test_a_run_that_is_resumed_ends_where_the_whole_one_does(
+    ramp: tuple[int, int, int], largest: int, samples: int
+) -> None:
+    config = TrainingConfig(
+        micro_batch_size=1, global_batch_size=largest, train_samples=samples, rampup_batch_size=ramp
+    )
+    schedule, consumed = BatchSchedule(config), 0
+    for iteration in range(schedule.total_iterations + 1):
+        assert schedule.iterations_at_end(iteration, consumed) == schedule.total_iterations
+        assert schedule.iterations_at_end(iteration + 5, consumed) == schedule.total_iterations + 5
+        consumed += schedule.global_batch_size(consumed)
+    assert schedule.iterations_at_end(7, samples + 3 * largest) == 7, "--train-samples less than at first"
 
 
 def test_known_ramp() -> None:

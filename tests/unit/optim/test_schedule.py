@@ -30,6 +30,7 @@ CASES = {
     "WSD without an end": f"{WSD} --lr-wsd-decay-iters 0",
     "WSD minus_sqrt": f"{WSD} --lr-wsd-decay-style minus_sqrt",
     "fraction": "--lr 1e-3 --lr-warmup-fraction 0.033 --lr-warmup-init 1e-5 --train-iters 100 --global-batch-size 6",
+    "fraction of the decay": "--lr 1e-3 --lr-warmup-fraction 0.1 --lr-decay-iters 70 --train-iters 100",
     "samples": "--lr 1e-3 --train-samples 795 --lr-warmup-samples 35 --lr-decay-samples 700 --global-batch-size 8 "
     "--lr-decay-style cosine",
     "samples WSD": "--lr 1e-3 --train-samples 795 --lr-decay-style WSD --lr-wsd-decay-samples 111 "

@@ -132,6 +132,7 @@ def test_norm_of_bf16_is_summed_in_fp32() -> None:
     squared = grad_norm_squared([ones, torch.ones(1)])
     assert squared.dtype == torch.float32 and float(squared) == pytest.approx(4097.0, rel=1e-6)
     assert float(grad_norm_squared([])) == 0.0
+    assert grad_norm_squared([torch.ones(1), torch.ones(1, dtype=torch.float64)]).dtype == torch.float64
     large = torch.randn(3 * 2**14, generator=torch.Generator().manual_seed(0)).bfloat16()
     both = [large, large[:9000]]  # more than a row of a CPU's, and less
     wanted = sum(float(numbers.double().square().sum()) for numbers in both)
