@@ -141,6 +141,34 @@ def test_one_process_waits_for_nothing() -> None:
     gatherer.wait_outside()
 
 
+def sum_bf16(flags: str, world_size: int) -> None:
+    """In a rank: gradients of bf16 whose sums bf16 does not have, a parameter without, in two steps."""
+    parsed = parse(Cell(HYPER, flags, precision="bf16").flags)
+    own = mesh(parsed.config, world_size)
+    if own is None:
+        return
+    optimizer = train.set_up(parsed, own).optimizer
+    *slots, silent = [slot for slot in optimizer.slots if slot.is_mixed]
+    small = 2.0**-9
+    for _ in range(2):
+        optimizer.begin(2)
+        for value in (1.0 if own.world_rank == 0 else small, small):
+            for slot in reversed(slots):
+                (slot.parameter * value).sum().backward()
+        optimizer.reduce_gradients()
+        for slot in (*slots, silent):
+            assert slot.grad is not None and slot.grad.dtype == torch.float32, slot.name
+            assert (slot.grad == (0 if slot is silent else 1 + (2 * world_size - 1) * small)).all(), slot.name
+
+
+@pytest.mark.parametrize("flags", ["", f"{STRATEGY} no_shard", "--num-distributed-optimizer-instances 2"])
+def test_gradients_of_bf16_are_summed_in_fp32(pool: Pool, flags: str) -> None:
+    """Over micro-batches and over ranks."""
+    pool.run(sum_bf16, flags, 4)
+    if not flags:
+        pool.run(sum_bf16, "", 1)
+
+
 def test_a_step_is_made_with_the_clipped_gradient() -> None:
     """AdamW hardly sees a gradient's scale, and layouts that do not clip agree with one another: its moments tell."""
     run = train.set_up(parse([*Cell(HYPER).flags, "--log-params-norm"]), Mesh())

@@ -383,6 +383,15 @@ def test_retained_iterations(tmp_path: Path) -> None:
     assert checkpoint.latest_iteration(tmp_path) == 35
 
 
+def test_retention_keeps_what_is_newer_and_what_is_not_ours(tmp_path: Path) -> None:
+    """A run that begins again at an earlier iteration."""
+    for iteration in (10, 25):
+        save(tmp_path, iteration)
+    (tmp_path / "iter_0000005").mkdir()
+    save(tmp_path, 15, retain_interval=20)
+    assert listing(tmp_path)[:-1] == ["iter_0000005", "iter_0000015", "iter_0000025"]
+
+
 def test_the_same_iteration_again_replaces_and_a_foreign_folder_stays(tmp_path: Path) -> None:
     save(tmp_path, 5)
     checkpoint.save(tmp_path, 5, numbers(6), {"iteration": 5}, ARGUMENTS, mesh=ONE)
@@ -392,6 +401,29 @@ def test_the_same_iteration_again_replaces_and_a_foreign_folder_stays(tmp_path: 
     save(tmp_path, 7)
     assert_whole(checkpoint.find(tmp_path), 7)
     assert [file.read_bytes() for file in tmp_path.glob("iter_0000007.foreign-*/theirs.pt")] == [b"precious"]
+
+
+def test_a_folder_that_lacks_another_rank_s_file_gets_no_name(tmp_path: Path) -> None:
+    """--save on a disk of each machine's own."""
+    save(tmp_path, 1)
+    partial = save(tmp_path / "other", 2)
+    (partial / "model_00000.safetensors").unlink()
+    with pytest.raises(ValueError, match="model_00000.safetensors is missing.: --save must be one folder that all"):
+        checkpoint_folder.publish(partial, tmp_path / "iter_0000002")
+    assert not (tmp_path / "iter_0000002").exists()
+
+
+def test_tensors_made_in_their_turn_and_stopped_by_hand(tmp_path: Path) -> None:
+    def read(name: str) -> Tensor:
+        if name == "model.b":
+            raise KeyboardInterrupt
+        return torch.ones(2)
+
+    shapes = {name: ((2,), torch.float32) for name in ("model.a", "model.b")}
+    for root in (tmp_path / "new", tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_one_by_one(root, 1, shapes, read, {}, {}, file_bytes=8)
+        assert listing(tmp_path) == []
 
 
 def test_a_folder_that_cannot_hold_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
