@@ -187,7 +187,7 @@ def _has_ended(held: Mapping[str, Any]) -> bool:
 
 
 def _refusal(path: Path, held: Mapping[str, Any], age: float | None) -> str:
-    sign = "" if age is None else f", last sign of life {age:.0f} s ago"
+    sign = "" if age is None else f", last sign of life {max(age, 0):.0f} s ago"  # never -0
     if age is not None and age < -1:
         sign = f", and its time lies {-age:.0f} s ahead"
     return (

@@ -103,6 +103,30 @@ def test_a_young_lock_of_another_machine_counts_as_held(tmp_path: Path, age_s: f
     assert json.loads(path.read_text())["host"] == "n7"
 
 
+def test_the_clock_of_the_file_system_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's is an hour ahead."""
+    written(tmp_path)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    with pytest.raises(ValueError, match="last sign of life [0-9] s ago"):
+        check_lock(tmp_path)
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock of a file that has no name any more would keep nobody away."""
+    looked = []
+
+    def removed_first(path: Path, handle: int) -> None:
+        looked.append(path)
+        if len(looked) == 1:
+            path.unlink()
+
+    monkeypatch.setattr(save_lock, "_refuse_if_held", removed_first)
+    with SaveLock(tmp_path) as lock:
+        assert len(looked) == 2 and json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        lock.check()
+
+
 def test_an_old_lock_of_another_machine_is_stale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     written(tmp_path, STALE_S + 5)
     with SaveLock(tmp_path):
@@ -149,8 +173,9 @@ def test_a_job_started_again_knows_its_earlier_attempt(
         monkeypatch.setenv(name, text)
     written(tmp_path, **held)
     if is_taken:
+        started = time.monotonic()
         with SaveLock(tmp_path):
-            pass
+            assert time.monotonic() - started < save_lock.ENDING_S / 2, "it waited for a process that has ended"
     else:
         with pytest.raises(ValueError, match="being written by job "):
             SaveLock(tmp_path).__enter__()
