@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hc import checkpoint, checkpoint_folder, checkpoint_save
+from megatron_hc import checkpoint, checkpoint_access, checkpoint_folder, checkpoint_save
 from megatron_hc.checkpoint_access import choose
 from megatron_hc.checkpoint_folder import find_if_any
 from megatron_hc.config.training import CheckpointConfig
@@ -189,6 +189,17 @@ def test_latest_follows_the_tracker_and_survives_its_loss(tmp_path: Path, caplog
     assert_whole(checkpoint.find(tmp_path), 15)
 
 
+def test_a_checkpoint_is_found_without_the_tracker(tmp_path: Path) -> None:
+    """By a number of more than seven digits, and as a kill between the two renames of a save leaves it."""
+    folder = save(tmp_path, 12_345_678)
+    (tmp_path / checkpoint_folder.TRACKER).unlink()
+    assert_whole(checkpoint.find(tmp_path), 12_345_678)
+    folder.rename(tmp_path / "iter_12345678.old")
+    assert find_if_any(tmp_path) == checkpoint.find(tmp_path) == tmp_path / "iter_12345678.old"
+    save(tmp_path, 3)
+    assert_whole(folder, 12_345_678)
+
+
 def test_nothing_and_nothing_whole_are_not_the_same(tmp_path: Path) -> None:
     """Where a run has saved, another may not begin anew: it would take the place of what is left."""
     assert find_if_any(tmp_path / "none") is None and find_if_any(tmp_path) is None
@@ -248,6 +259,19 @@ def test_a_folder_that_is_closed_to_this_user(tmp_path: Path, monkeypatch: pytes
     assert checkpoint.latest_iteration(tmp_path) is None, "what a failed save tells of the folder it failed in"
 
 
+def test_a_job_started_again_goes_on_from_its_own_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever says where its first attempt began, and with all that it saves."""
+    monkeypatch.setattr(checkpoint_access, "_is_of_this_job", lambda options: True)
+    first = CheckpointConfig(save="own", load="other", ckpt_step=2, load_rng=False, load_optim=False)
+    own = CheckpointConfig(save="own", load="own")
+    assert checkpoint_access.going_on(first, ONE) == own
+    for begins in ("finetune", "moe_use_upcycling"):
+        assert checkpoint_access.going_on(dataclasses.replace(first, **{begins: True}), ONE) == own
+    less = {"save_rng": False, "save_optim": False}
+    found = checkpoint_access.going_on(dataclasses.replace(first, **less), ONE)
+    assert found == dataclasses.replace(own, load_rng=False, load_optim=False, **less)
+
+
 def test_find_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^--load .*nowhere is not a folder"):
         checkpoint.find(tmp_path / "nowhere")
@@ -275,9 +299,11 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, caplog: pytest.LogC
     shutil.rmtree(tmp_path / "iter_0000005")
     with pytest.raises(ValueError, match=message):
         checkpoint.find(tmp_path)
-    (folder / "checkpoint.json").write_text('{"format": 1, "files"')
-    with pytest.raises(ValueError, match="checkpoint.json is not the index"):
-        checkpoint.find(tmp_path)
+    file = folder / "checkpoint.json"
+    for text in (file.read_text().replace(f": {size}", f": {size - 1}"), '{"format": 1, "files"'):
+        file.write_text(text)  # the first would make the folder whole
+        with pytest.raises(ValueError, match="checkpoint.json is not the index"):
+            checkpoint.find(tmp_path)
 
 
 @pytest.mark.parametrize("is_short", [True, False])
@@ -328,7 +354,7 @@ def test_what_cannot_be_deleted_does_not_stop_the_saves(
     save(tmp_path, 5)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", busy)
-        for iteration in (10, 15, 15, 20):
+        for iteration in (10, 15, 15, 15, 15, 20):
             save(tmp_path, iteration, retain_interval=20)
             assert checkpoint.latest_iteration(tmp_path) == iteration
             assert_whole(checkpoint.find(tmp_path), iteration)

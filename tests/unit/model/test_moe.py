@@ -32,6 +32,7 @@ from megatron_hc.model.generate import Sampling, generate
 from megatron_hc.model.gpt import GPT
 from megatron_hc.model.moe import MoE
 from megatron_hc.model.router import Router, Step, routers_of
+from megatron_hc.parallel.expert import begin_step
 from megatron_hc.parallel.plan import build_model
 from megatron_hc.train import train
 
@@ -224,6 +225,18 @@ def test_jitter_is_noise_of_the_router_alone() -> None:
     assert router._jittered(x, 0).equal(noisy) and not router._jittered(x, 1).equal(noisy)
     tokens = random_tokens()
     assert model.eval()(tokens).equal(model(tokens))
+
+
+def test_jitter_is_other_noise_at_every_step() -> None:
+    model = built(moe_config({"moe_input_jitter_eps": 0.25}))
+    router, x = routers_of([model])[0], torch.ones(8, 2, model.config.hidden_size, dtype=torch.float64)
+
+    def noise(seed: int, iteration: int) -> Tensor:
+        begin_step(model, Mesh(), seed=seed, iteration=iteration, num_micro_batches=1)
+        return router._jittered(x, 0)
+
+    first = noise(1, 0)
+    assert noise(1, 0).equal(first) and not noise(1, 1).equal(first) and not noise(2, 0).equal(first)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
