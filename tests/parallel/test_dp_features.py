@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cells import forms
@@ -17,6 +18,7 @@ from megatron_hc.cli import parse
 from megatron_hc.config import ParallelConfig
 from megatron_hc.data.loader import build_loader
 from megatron_hc.mesh import Mesh, build_mesh
+from megatron_hc.optim import parameter_groups
 from megatron_hc.parallel.gather import ParameterGatherer
 from megatron_hc.parallel.gradients import GradientReducer
 from megatron_hc.parallel.placement import whole
@@ -169,23 +171,33 @@ def test_gradients_of_bf16_are_summed_in_fp32(pool: Pool, flags: str) -> None:
         pool.run(sum_bf16, "", 1)
 
 
-def test_a_step_is_made_with_the_clipped_gradient() -> None:
-    """AdamW hardly sees a gradient's scale, and layouts that do not clip agree with one another: its moments tell."""
-    run = train.set_up(parse([*Cell(HYPER).flags, "--log-params-norm"]), Mesh())
-    optimizer = run.optimizer
-    weights = sum(float(slot.master.square().sum()) for slot in optimizer.slots)
-    assert optimizer.params_norm() == pytest.approx(weights**0.5, rel=1e-12)
+def test_a_step_is_adamw_s_with_the_clipped_gradient() -> None:
+    """What all layouts leave out, or a scale of gradients, which AdamW hardly sees, no comparison of layouts shows."""
+    options = "--residual-scale depth-mup --base-num-layers 1 --adam-beta2 0.9 --adam-eps 1e-2 --log-params-norm"
+    run = train.set_up(parse([*Cell(HYPER).flags, *options.split()]), Mesh())
+    optimizer, rate, decay = run.optimizer, 1e-2, 0.5
+    weights = {slot.name: slot.master.clone() for slot in optimizer.slots}
+    squares = sum(float(weight.square().sum()) for weight in weights.values())
+    assert optimizer.params_norm() == pytest.approx(squares**0.5, rel=1e-12)
     optimizer.begin(1)
     for slot in optimizer.slots:
         slot.parameter.grad = torch.full_like(slot.parameter, 2.0)
     optimizer.reduce_gradients()
     norm = optimizer.grad_norm()
     assert norm == pytest.approx(2 * sum(slot.master.numel() for slot in optimizer.slots) ** 0.5, rel=1e-12)
-    optimizer.step(norm, 1e-2, 0.0)
+    in_layers = [sum(s.master.numel() for s in optimizer.slots if s.name.startswith(f"layers.{i}.")) for i in (0, 1)]
+    assert optimizer.layer_grad_norms(2) == pytest.approx([2 * count**0.5 for count in in_layers], rel=1e-12)
+    optimizer.step(norm, rate, decay)
     clipped = 2 * optimizer.config.clip_grad / norm
+    decays = {name for group in parameter_groups(run.model) if group["weight_decay"] for name, _ in group["params"]}
+    assert 0 < len(decays) < len(weights)
     for slot in optimizer.slots:
-        expected = torch.full_like(slot.exp_avg, (1 - optimizer.config.adam_beta1) * clipped)
-        torch.testing.assert_close(slot.exp_avg, expected, rtol=1e-6, atol=0)
+        ones, factor = torch.ones_like(slot.master), 2**-0.5 if slot.name.startswith("layers.") else 1.0
+        expected = weights[slot.name] * (1 - rate * factor * (decay if slot.name in decays else 0.0))
+        expected -= rate * factor * clipped / (clipped + 1e-2 * factor)
+        torch.testing.assert_close(slot.exp_avg, 0.1 * clipped * ones, rtol=1e-6, atol=0)
+        torch.testing.assert_close(slot.exp_avg_sq, 0.1 * clipped**2 * ones, rtol=1e-6, atol=0)
+        torch.testing.assert_close(slot.master, expected, rtol=1e-9, atol=1e-9, msg=slot.name)
 
 
 # ---- what is kept where ----
@@ -251,8 +263,11 @@ def test_fully_sharded_in_bf16(runs: Runs) -> None:
     """Master weights are the fp32 shards; norms and residual parameters are never rounded."""
     cell = Cell(HYPER, f"{STRATEGY} optim_grads_params", world_size=2, precision="bf16")
     runs.check(cell)
-    zero_one = runs.outcome(replace(cell, layout=""))
-    assert runs.outcome(cell).losses == pytest.approx(zero_one.losses, rel=1e-3)
+    zero_one, fully = runs.outcome(replace(cell, layout="")), runs.outcome(cell)
+    assert fully.losses == pytest.approx(zero_one.losses, rel=1e-3)
+    for name, (expected, _) in zero_one.gradients[0].items():  # reduced in fp32
+        found, bound = fully.gradients[0][name].low, 1e-5 * abs(expected).max()
+        np.testing.assert_allclose(found, expected, atol=bound, err_msg=name)
 
 
 # ---- checks across ranks ----
@@ -282,6 +297,7 @@ def compare_replicas(flags: str, changed_rank: int) -> tuple[str | None, str | N
         ("", 2, "0, 1, 3"),
         (TP2, 3, "1"),
         (f"{STRATEGY} optim_grads_params --num-distributed-optimizer-instances 2", 3, "1"),
+        ("--num-experts 4 --expert-model-parallel-size 2", 3, "1"),
     ],
 )
 def test_copies_that_have_come_apart_are_named(pool: Pool, flags: str, rank: int, others: str) -> None:

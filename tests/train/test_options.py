@@ -79,6 +79,8 @@ def test_parts_of_a_checkpoint_can_be_left_out(flag: str, half: tuple, tmp_path:
     assert len(rest) == 4
     assert (rest[0] == whole[4]) == (flag == "--no-load-optim")
     assert rest[1] != whole[5]
+    state = json.loads((tmp_path / "run" / "iter_0000008" / "state.json").read_text())
+    assert state["optimizer_steps"] == (4 if flag == "--no-load-optim" else 8), "a count of other moments"
 
 
 def test_parts_that_were_not_saved_are_named(licence: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
