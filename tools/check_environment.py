@@ -23,7 +23,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from environment_probes import PARTS, Part, Unusable
+try:
+    from environment_probes import PARTS, Part, Unusable
+except (ImportError, OSError) as error:  # an absent torch, or one whose libraries are
+    sys.exit(f"tools/check_environment.py: torch or numpy cannot be imported ({error}): pip install torch numpy")
 
 from megatron_hc.cli import exit_on_user_error
 from megatron_hc.outputs import replace_file

@@ -40,6 +40,14 @@ def test_probes_of_this_machine(tmp_path: Path) -> None:
         assert parts["apex's norms"]["status"] == "no" and "github.com/NVIDIA/apex" in parts["apex's norms"]["details"]
 
 
+def test_without_torch() -> None:
+    """One sentence: it is what a user runs where something is wrong."""
+    command = [sys.executable, "-S", str(TOOLS / "check_environment.py")]  # without the packages of this environment
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=TOOLS.parent)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert "cannot be imported (No module named 'torch'): pip install torch numpy" in run.stderr
+
+
 def test_exit_codes(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     import environment_probes
 
