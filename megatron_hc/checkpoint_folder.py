@@ -37,8 +37,10 @@ FORMAT = 1
 
 
 def check_save_folder(root: str | Path) -> None:
-    """Refuse, before a run starts, a ``--save`` folder that can be neither written nor made."""
+    """Refuse, before a run starts, a ``--save`` folder that can be neither written nor made, or is a checkpoint."""
     check_folder("--save", root)
+    if (Path(root) / MANIFEST).exists():
+        raise ValueError(f"--save {root} is a checkpoint: name the folder it lies in, {Path(root).parent}, or another")
 
 
 def prepare(root: Path, partial: Path, needed: int) -> None:

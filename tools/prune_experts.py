@@ -72,6 +72,8 @@ def changes(reader: Reader, before: Reader) -> Scores:
 
 
 def _described(shapes: dict[int, tuple[int, ...]]) -> str:
+    if not shapes:
+        return "none"
     return f"{len(shapes)} of shape {' or '.join(sorted({str(list(shape)) for shape in shapes.values()}))}"
 
 

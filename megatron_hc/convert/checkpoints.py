@@ -64,6 +64,7 @@ def save_weights(
     Refuses a folder of checkpoints: one of the same iteration (perhaps the source) would be replaced, and the new one
     would be the latest, from which a run there goes on.
     """
+    checkpoint.check_save_folder(save)
     if Path(save).is_dir() and (latest := checkpoint.latest_iteration(save)) is not None:
         raise ValueError(f"--save {save} holds checkpoints already, the latest of iteration {latest}: choose another")
     checkpoint.check_not_megatrons(save)

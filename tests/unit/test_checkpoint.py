@@ -459,6 +459,10 @@ def test_a_folder_that_cannot_hold_a_checkpoint_is_refused(tmp_path: Path, monke
     with pytest.raises(ValueError, match="file is a file"):
         checkpoint.check_save_folder(tmp_path / "file")
     checkpoint.check_save_folder(tmp_path / "not" / "yet")
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "checkpoint.json").touch()
+    with pytest.raises(ValueError, match=r"--save .*iter_0000001 is a checkpoint: name the folder it lies in"):
+        checkpoint.check_save_folder(tmp_path / "iter_0000001")
     save(tmp_path / "runs", 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(ValueError, match=r"^--save .* has 0.000 GB free and a checkpoint needs"):
