@@ -12,6 +12,7 @@ import torch
 from train_runs import command, losses, records, tiny, untimed
 
 from megatron_hc.cli import parse
+from megatron_hc.parallel.data import DataParallelOptimizer, StepStats
 from megatron_hc.train import TrainingStopped, train
 
 INFINITE = ["--adam-eps", 0, "--clip-grad", 0, "--lr", 1e30]
@@ -159,6 +160,26 @@ def test_rampup_and_train_samples(licence: str, tmp_path: Path) -> None:
     assert records(tmp_path)[-1]["consumed_samples"] == sum(sizes)
 
 
+def test_a_step_takes_the_rate_and_the_decay_of_the_samples_before_it(
+    licence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[float, float]] = []
+    step = DataParallelOptimizer.step
+
+    def noted(self: DataParallelOptimizer, norm: float, rate: float, decay: float, **options: bool) -> StepStats:
+        used.append((rate, decay))
+        return step(self, norm, rate, decay, **options)
+
+    monkeypatch.setattr(DataParallelOptimizer, "step", noted)
+    growing = ["--weight-decay-incr-style", "linear", "--start-weight-decay", 0, "--end-weight-decay", 0.4]
+    flags = ["--train-iters", 4, "--lr-decay-style", "linear", *growing, "--eval-interval", 0]
+    assert command(tiny(licence, tmp_path, *flags)) == 0
+    rates = [1e-2, 7.5e-3, 5e-3, 2.5e-3, 0]
+    assert [rate for rate, _ in used] == pytest.approx(rates[:-1])
+    assert [decay for _, decay in used] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [record["learning_rate"] for record in records(tmp_path)] == pytest.approx(rates[1:])  # the next step's
+
+
 def test_gradient_accumulation_is_one_batch(licence: str, tmp_path: Path) -> None:
     """1 micro-batch of 4, or 4 of 1, per-token or mean of means: the same loss where no token is masked."""
     found = []
@@ -207,11 +228,14 @@ def test_fp32_residual_connection_changes_bf16(licence: str, tmp_path: Path) -> 
     assert losses(tmp_path / "narrow") != losses(tmp_path / "wide")
 
 
-def test_validation_and_test_at_their_times(licence: str, tmp_path: Path) -> None:
-    assert command(tiny(licence, tmp_path, "--train-iters", 10, "--eval-interval", 4)) == 0
+@pytest.mark.parametrize(("iterations", "validated"), [(10, [4, 8, 10]), (8, [4, 8])])
+def test_validation_and_test_at_their_times(
+    iterations: int, validated: list[int], licence: str, tmp_path: Path
+) -> None:
+    assert command(tiny(licence, tmp_path, "--train-iters", iterations, "--eval-interval", 4)) == 0
     found = untimed(tmp_path)
-    assert [r["iteration"] for r in found if "lm_loss_validation" in r] == [4, 8, 10]
-    assert [r["iteration"] for r in found if "lm_loss_test" in r] == [10]
+    assert [r["iteration"] for r in found if "lm_loss_validation" in r] == validated
+    assert [r["iteration"] for r in found if "lm_loss_test" in r] == [iterations]
     assert torch.is_grad_enabled()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_hc.config import ParallelConfig, TrainConfig
 from megatron_hc.mesh import Mesh
-from megatron_hc.model.branch import branch_factors
+from megatron_hc.model.branch import branch_factors, scaled
 from megatron_hc.model.gpt import GPT
 from megatron_hc.optim import parameter_groups
 from megatron_hc.parallel.stages import MicroBatch, Stage
@@ -43,6 +43,14 @@ def test_shares_of_what_is_left_out() -> None:
     torch.testing.assert_close(depth.amax(1), 1 / (1 - chances))
     torch.testing.assert_close((layer == 0).double().mean(1), torch.full((6,), 0.3).double(), atol=0.03, rtol=0)
     assert torch.equal(layer[0::2], layer[1::2]) and set(layer.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_samples_factor_multiplies_that_of_the_depth() -> None:
+    """In bf16 the product of both is wide, and the output is rounded once."""
+    output, factors = torch.linspace(1, 2, 64).bfloat16().view(32, 1, 2).expand(32, 2, 2), torch.tensor([1 / 0.7, 0.0])
+    expected = output.double() * 0.3 * factors.double()[:, None]
+    assert scaled(output, 0.3, factors).equal(expected.bfloat16())
+    torch.testing.assert_close(scaled(output.double(), 0.3, factors.double()), expected, rtol=1e-14, atol=0)
 
 
 def stage_of(model: GPT) -> Stage:

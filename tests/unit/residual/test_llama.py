@@ -6,6 +6,7 @@ Dims: S sequence, B batch, C hidden size, Q query heads, G key/value heads, H he
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,9 +25,13 @@ from helpers import (
     selective_recompute,
     small_config,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
-from megatron_hc.config import ModelConfig, ParallelConfig
+from megatron_hc.config import ModelConfig, MoEConfig, ParallelConfig
+from megatron_hc.model import attention
+from megatron_hc.model.attention import Attention
+from megatron_hc.model.dropout import Dropout
 from megatron_hc.model.gpt import GPT
 from megatron_hc.model.rope import RopeTable, apply_rope
 
@@ -205,14 +210,73 @@ def test_recompute_gives_the_same_bits(name: str, precision: str, dropout: float
     assert_same_bits(found, expected)
 
 
-def test_dropout_is_random_in_training_and_absent_in_evaluation() -> None:
-    model, tokens = build(small_config(attention_dropout=0.5, hidden_dropout=0.5)), random_tokens()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_dropout": 0.5, "hidden_dropout": 0.5},
+        {"hidden_dropout": 0.5},
+        {"attention_dropout": 0.5},
+        {"attention_dropout": 0.5, "attention_softmax_in_fp32": True},
+    ],
+    ids=["both", "hidden", "attention", "attention-fp32-softmax"],
+)
+def test_dropout_is_random_in_training_and_absent_in_evaluation(change: dict[str, Any]) -> None:
+    model, tokens = build(small_config(**change)), random_tokens()
     assert not model(tokens).equal(model(tokens))
     torch.manual_seed(1)
     first = model(tokens)
     torch.manual_seed(1)
     assert first.equal(model(tokens))
-    assert model.eval()(tokens).equal(build(SMALL)(tokens))
+    without = {name: 0.0 if "dropout" in name else value for name, value in change.items()}
+    assert model.eval()(tokens).equal(build(small_config(**without))(tokens))
+
+
+@pytest.mark.parametrize("moe", [MoEConfig(), MoEConfig(num_experts=4, moe_shared_expert_intermediate_size=8)])
+def test_every_sublayer_has_its_dropout(moe: MoEConfig) -> None:
+    model = build(small_config(hidden_dropout=0.5, moe=moe))
+    dropouts = {name: module for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    assert len(dropouts) == 1 + 2 * len(model.layers)
+    called: list[str] = []
+    for name, module in dropouts.items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(random_tokens())
+    assert sorted(called) == sorted(dropouts)
+
+
+def test_a_rank_with_masks_of_its_own_draws_nothing_in_evaluation() -> None:
+    """Masks of training would otherwise depend on how often a run is validated."""
+    model, tokens = build(small_config(attention_dropout=0.5, hidden_dropout=0.5)), random_tokens()
+    for module in model.modules():
+        if isinstance(module, Attention | Dropout):
+            module.part = 1
+    for is_training in (False, True):
+        before = torch.get_rng_state()
+        model.train(is_training)(tokens)
+        assert before.equal(torch.get_rng_state()) != is_training
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"attention_backend": "flash"}, [SDPBackend.FLASH_ATTENTION]),
+        ({"attention_backend": "unfused"}, [SDPBackend.MATH]),
+        ({"attention_softmax_in_fp32": True}, None),
+    ],
+    ids=["auto", "flash", "unfused", "fp32-softmax"],
+)
+def test_attention_runs_on_what_was_asked_for(
+    change: dict[str, Any], expected: list[SDPBackend] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``expected``: what torch's attention is confined to ([]: not at all); None: it is not called."""
+    asked, calls, original = [], [], F.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda kernels, **_: asked.append(kernels) or nullcontext())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    model = build(small_config(**change))
+    model(random_tokens())
+    num_layers = len(model.layers)
+    assert len(calls) == (0 if expected is None else num_layers)
+    assert asked == ([expected] * num_layers if expected else [])
 
 
 @pytest.mark.parametrize(
