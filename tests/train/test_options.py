@@ -172,12 +172,13 @@ def test_a_step_takes_the_rate_and_the_decay_of_the_samples_before_it(
 
     monkeypatch.setattr(DataParallelOptimizer, "step", noted)
     growing = ["--weight-decay-incr-style", "linear", "--start-weight-decay", 0, "--end-weight-decay", 0.4]
-    flags = ["--train-iters", 4, "--lr-decay-style", "linear", *growing, "--eval-interval", 0]
+    flags = ["--train-iters", 4, "--lr-decay-style", "linear", *growing, "--eval-interval", 0, "--log-params-norm"]
     assert command(tiny(licence, tmp_path, *flags)) == 0
     rates = [1e-2, 7.5e-3, 5e-3, 2.5e-3, 0]
     assert [rate for rate, _ in used] == pytest.approx(rates[:-1])
     assert [decay for _, decay in used] == pytest.approx([0, 0.1, 0.2, 0.3])
     assert [record["learning_rate"] for record in records(tmp_path)] == pytest.approx(rates[1:])  # the next step's
+    assert all(record["params_norm"] > 0 for record in records(tmp_path))
 
 
 def test_gradient_accumulation_is_one_batch(licence: str, tmp_path: Path) -> None:

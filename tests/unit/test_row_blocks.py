@@ -63,6 +63,15 @@ def test_rms_norm_is_torch_s(blocks: int, shape: tuple[int, ...], has_weight: bo
     assert_equal(outputs_and_gradients(found, leaves, grad), outputs_and_gradients(expected, leaves, grad))
 
 
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_a_norm_with_a_bias_is_rounded_once(kind: str) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(9, 2, 24).bfloat16(), torch.rand(24), torch.randn(24)
+    wide = x.double() - (x.double().mean(-1, keepdim=True) if kind == "LayerNorm" else 0)
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
+    assert torch.equal(norm.norm(x, kind, weight, bias, 1e-5), expected.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(70, 2, 24), (100, 6), (1, 2), (0, 8)], ids=str)
 def test_swiglu_is_the_formula(blocks: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
