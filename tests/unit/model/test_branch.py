@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import TRAINING, build, random_tokens, randomise, small_config
 from torch import Tensor
 
 from megatron_hc.config import ParallelConfig, TrainConfig
 from megatron_hc.mesh import Mesh
-from megatron_hc.model.branch import branch_factors, scaled
+from megatron_hc.model import branch
+from megatron_hc.model.branch import branch_factors, scaled, with_linearity_penalty
 from megatron_hc.model.gpt import GPT
 from megatron_hc.optim import parameter_groups
 from megatron_hc.parallel.stages import MicroBatch, Stage
-from megatron_hc.residual import RESIDUALS
+from megatron_hc.residual import RESIDUALS, Carry
 
 # What is left out
 
@@ -194,6 +197,19 @@ def test_linearity_penalty_is_in_the_gradient(method: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_the_penalty_of_bf16_states_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of neighbouring layers are nearly parallel: 1 - cosine of numbers with 8 bits would be mostly rounding."""
+    penalties: list[Tensor] = []
+    monkeypatch.setattr(branch, "attach_loss", lambda x, penalty: penalties.append(penalty) or x)
+    torch.manual_seed(0)
+    before = torch.randn(5, 2, 16)
+    before, after = before.bfloat16(), (before + 0.05 * torch.randn(5, 2, 16)).bfloat16()
+    weights, residual = torch.rand(5, 2), SimpleNamespace(state=lambda carry: carry.stream)
+    with_linearity_penalty(Carry(stream=after), residual, before, weights)  # type: ignore[arg-type]
+    cosine = F.cosine_similarity(before.double(), after.double(), dim=-1)
+    torch.testing.assert_close(penalties[0].double(), (weights * (1 - cosine)).sum(), rtol=1e-3, atol=0)
 
 
 def test_no_penalty_without_gradients() -> None:

@@ -256,6 +256,16 @@ def test_grouped_matrix_products_equal_the_loop(form: str, precision: str, bias:
         assert_near(gradient, expected[name], name, tolerance)
 
 
+@pytest.mark.parametrize(("is_training", "has_grad"), [(True, False), (False, True), (False, False)])
+def test_only_a_pass_with_gradients_in_training_counts(is_training: bool, has_grad: bool) -> None:
+    """Statistics are measured without gradients in training mode; a bias must not follow what they route."""
+    model = built(moe_config({**SIGMOID, **ALL_LOSSES, "moe_router_enable_expert_bias": True}))
+    with torch.set_grad_enabled(has_grad):
+        model.train(is_training)(random_tokens())
+    for router in routers_of([model]):
+        assert router.step.load is None and not router.step.losses and router.step.global_counts is None
+
+
 def test_expert_bias_follows_the_load() -> None:
     form = {**SIGMOID, "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}
     model = built(moe_config(form))
