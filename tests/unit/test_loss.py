@@ -73,6 +73,17 @@ def test_bf16_products_have_an_fp32_loss(monkeypatch: pytest.MonkeyPatch) -> Non
     assert token_scores(hidden, weight, labels, V)[0].dtype == torch.float32
 
 
+def test_many_chunks_in_bf16_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum kept in bf16 stops growing at some 256 equal terms."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", ROWS)
+    hidden, weight, labels, weights = inputs(torch.bfloat16)
+    gradients = []
+    for times in (1, 1024):
+        many = hidden[:1].expand(times, C), weight, labels[:1].expand(times), weights[:1].expand(times) / times
+        gradients.append(torch.autograd.grad(linear_cross_entropy(*many, V), weight)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
 def test_gradients_only_where_needed(needed: tuple[bool, bool]) -> None:
     hidden, weight, labels, weights = inputs(torch.float64)

@@ -284,6 +284,15 @@ def test_expert_bias_follows_the_load() -> None:
     assert router.step.load is load  # evaluation counts nothing
 
 
+def test_the_load_is_of_the_choices_that_experts_took() -> None:
+    form = {**SIGMOID, "moe_router_enable_expert_bias": True, "moe_expert_capacity_factor": 0.5}
+    model = built(moe_config(form))
+    gradients(model, random_tokens())
+    for router in routers_of([model]):
+        assert router.step.load is not None
+        assert int(router.step.load.max()) == 16 * 2 // router.num_experts // 2  # tokens times choices, halved
+
+
 @pytest.mark.parametrize("form", ["softmax", "sigmoid-bias-groups", "sinkhorn", "capacity-probs", "shared"])
 def test_generation_with_cache_equals_without(form: str) -> None:
     model = built(moe_config(form, {"residual_connection": "hyper"}, max_position_embeddings=24))
