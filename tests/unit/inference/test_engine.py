@@ -190,6 +190,10 @@ def test_equally_likely_tokens_at_the_edge_of_top_k() -> None:
         assert together == [int(choose(logits[i : i + 1], [samplings[i]], [4])) for i in range(8)], vocab
 
 
+def test_tokens_that_hold_top_p_exactly_are_enough() -> None:
+    assert {int(choose(torch.zeros(1, 4), [Sampling(top_p=0.5, seed=seed)], [0])) for seed in range(50)} == {0, 1}
+
+
 # Text
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import VOCAB, build, gradients, randomise, small_config
 from torch import Tensor
 
 from megatron_hc.config import MoEConfig
+from megatron_hc.model.experts import Experts, arrange, combine, dispatch
 from megatron_hc.model.gpt import GPT
 from megatron_hc.model.router import Router, routers_of
 from megatron_hc.parallel.tensor import Region, VocabParallelTable, become
@@ -90,3 +92,24 @@ def test_what_nobodys_rows_hold_reaches_no_bias() -> None:
     assert not rows[6:].any()
     found = torch.autograd.grad(rows, matrix.bias, grad)[0].unflatten(0, (4, -1))
     assert found.equal(torch.tensor([2, 0, 1, 3]).to(found.dtype).unsqueeze(1).expand_as(found))
+
+
+@pytest.mark.parametrize("kept", [None, torch.ones(32, 4, dtype=torch.bool)], ids=["all", "kept"])
+def test_a_token_s_experts_are_added_wide(kept: Tensor | None) -> None:
+    torch.manual_seed(0)
+    chosen = torch.rand(32, 8).argsort(1)[:, :4]
+    rows = arrange(chosen, kept, 8)
+    y = torch.randn(32 * 4, 16).bfloat16()
+    expected = y.double()[rows.places].unflatten(0, (32, 4)).sum(1).bfloat16()
+    x = torch.randn(32, 16).bfloat16().requires_grad_()
+    assert combine(y, rows, 4).equal(expected)
+    assert torch.autograd.grad(dispatch(x, rows, 4), x, y)[0].equal(expected)
+
+
+def test_an_expert_s_row_is_weighted_wide() -> None:
+    config = small_config(moe=MoEConfig(num_experts=2), swiglu=False)
+    experts = Experts(config).bfloat16()
+    experts.grouped = lambda x, matrix, counts: x  # type: ignore[method-assign]
+    x, weights = torch.randn(64, 16).bfloat16(), torch.rand(64)
+    expected = F.gelu(x).double() * weights.double().unsqueeze(1)
+    assert experts(x, weights, torch.tensor([32, 32])).equal(expected.bfloat16())

@@ -55,7 +55,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "sigmoid-bias-groups": {
         **SIGMOID,
-        "num_experts": 8,
+        "num_experts": 12,  # 3 of a group, of which the best 2 decide
         "moe_router_topk": 4,
         "moe_router_num_groups": 4,
         "moe_router_group_topk": 2,
