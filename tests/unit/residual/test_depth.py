@@ -32,6 +32,20 @@ def test_weighted_sum_equals_its_reference(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(weighted_sum(weights, sources), weighted_sum_reference(weights, sources))
 
 
+def test_a_sum_of_bf16_states_is_rounded_once() -> None:
+    """And the weights' gradients not at all."""
+    sources, weights = states(5, torch.bfloat16), torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
+    weights.requires_grad_()
+    wide = [tensor.detach().double().requires_grad_() for tensor in (weights, *sources)]
+    found, expected = weighted_sum(weights, sources), weighted_sum_reference(wide[0], wide[1:])
+    assert found.equal(expected.bfloat16())
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    of_weights, *of_states = torch.autograd.grad(found, (weights, *sources), grad)
+    wanted, *others = torch.autograd.grad(expected, wide, grad.double())
+    torch.testing.assert_close(of_weights, wanted.float(), rtol=1e-5, atol=1e-5)
+    assert all(one.equal(other.bfloat16()) for one, other in zip(of_states, others, strict=True))
+
+
 def test_key_scores_equal_their_reference() -> None:
     query = torch.randn(C, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     sources = states(3)

@@ -33,7 +33,7 @@ from megatron_hc.model import attention
 from megatron_hc.model.attention import Attention
 from megatron_hc.model.dropout import Dropout
 from megatron_hc.model.gpt import GPT
-from megatron_hc.model.rope import RopeTable, apply_rope
+from megatron_hc.model.rope import RopeTable, apply_rope, inverse_frequencies
 
 
 def llama(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -75,7 +75,9 @@ def llama(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor, mask:
 @pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("width", [16, 24, 64])
 def test_plain_residual_is_llama_bit_for_bit(untied: bool, width: int) -> None:
-    config = small_config(untie_embeddings_and_output_weights=untied, hidden_size=width, ffn_hidden_size=3 * width)
+    config = small_config(
+        untie_embeddings_and_output_weights=untied, hidden_size=width, ffn_hidden_size=3 * width, norm_epsilon=0.1
+    )
     model, tokens = randomise(build(config, "fp32")), random_tokens()
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     labels = tokens.roll(-1, 1).t().reshape(-1)
@@ -104,6 +106,24 @@ def test_documents_do_not_see_each_other() -> None:
     # A batch in which every sample has documents of its own.
     tokens, documents = random_tokens(), torch.tensor([[0] * 5 + [1] * 3, [0] * 8])
     torch.testing.assert_close(model(tokens, None, documents)[:, 1:], model(tokens[1:]), rtol=1e-12, atol=1e-12)
+
+
+def test_scaled_frequencies_are_those_of_llama_3() -> None:
+    """Meta's own loop over the frequencies, each of whose three branches is taken."""
+    config = small_config(kv_channels=64, rotary_base=500000, use_rope_scaling=True, rope_scaling_factor=8.0)
+    plain, scaled = (
+        inverse_frequencies(one, torch.float64, torch.device("cpu")).tolist()
+        for one in (replace(config, use_rope_scaling=False), config)
+    )
+    branches = [0, 0, 0]
+    for before, after in zip(plain, scaled, strict=True):
+        wavelength = 2 * math.pi / before
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        expected = (before, before / 8, (1 - smooth) * before / 8 + smooth * before)
+        branch = 0 if wavelength < 8192 / 4 else 1 if wavelength > 8192 else 2
+        branches[branch] += 1
+        assert after == pytest.approx(expected[branch], rel=1e-12)
+    assert min(branches) >= 2
 
 
 @pytest.mark.parametrize("documents", [False, True])
