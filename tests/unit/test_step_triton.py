@@ -240,7 +240,11 @@ def test_norms(rows: int, width: int, with_weight: bool, with_bias: bool, kind: 
 @pytest.mark.parametrize("factor", [1.0, 1.7])
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+    "dtypes",
+    [
+        *((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)),
+        *((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)),
+    ],
 )
 def test_the_norm_of_a_sum(dtypes: tuple[torch.dtype, torch.dtype], kind: str, factor: float) -> None:
     x, output = random(5, 2, 72, dtype=dtypes[0]), random(5, 2, 72, dtype=dtypes[1], seed=1)
