@@ -16,9 +16,10 @@ import torch
 from cells import HEADS, NORMS, RECOMPUTE, RECOMPUTE_TURNS, SHAPES, TABLES, VALUES, forms
 from pairwise import Row, pairwise
 from parity import Cell, Runs, run_cell
-from pool import Pool
+from pool import Pool, mesh
 
 from megatron_hc import train
+from megatron_hc.cli import parse
 from megatron_hc.parallel.pipeline import Pipeline
 from megatron_hc.parallel.stages import MicroBatch
 from megatron_hc.residual import RESIDUALS, VALUE_RESIDUALS
@@ -215,6 +216,21 @@ def test_evaluation(pool: Pool, schedule: str) -> None:
             assert len(step.losses) == 4 and step.left_alone
             assert step.without_gradients == pytest.approx(step.losses, rel=1e-12)
             assert step.of_three == pytest.approx(step.losses[:3], rel=1e-12)
+
+
+def known_bubble(cell: Cell) -> tuple[float, float] | None:
+    """Of processes that were at work for 1 and 2 of 4 s."""
+    parsed = parse(cell.flags)
+    own = mesh(parsed.config, cell.world_size)
+    if own is None:
+        return None
+    pipeline = train.set_up(parsed, own).pipeline
+    pipeline._busy, pipeline._total = 1.0 + own.rank("pp"), 4.0
+    return pipeline.bubble()
+
+
+def test_the_bubble_is_the_mean_over_processes(pool: Pool) -> None:
+    assert pool.run(known_bubble, Cell(layout=PP2, world_size=2))[:2] == [(0.625, 0.0)] * 2
 
 
 def with_a_shorter_batch(cell: Cell) -> str | None:

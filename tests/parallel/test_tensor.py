@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import unittest.mock
 
 import numpy as np
 import pytest
 import torch
 from cells import AXES, SHAPES, SP, TP2, TP4
+from helpers import small_config
 from parity import Cell, RandomSamples, Runs, move_off_initial_values, run_steps
 from pool import Pool, mesh
 
@@ -15,6 +17,8 @@ from megatron_hc import train
 from megatron_hc.cli import parse
 from megatron_hc.data.loader import build_loader
 from megatron_hc.model.generate import Sampling, generate
+from megatron_hc.model.linear import NormLayer
+from megatron_hc.parallel.tensor import Region, WidthParallelNorm, become
 
 
 @pytest.mark.parametrize("layout", ["", TP4])
@@ -151,3 +155,17 @@ def test_norms_across_heads(runs: Runs, axes: str, norms: str) -> None:
     heads = "--group-query-attention --num-query-groups 2" if axes == "tp2" else ""
     model = f"{shape} {norms} {heads} --qk-layernorm --qk-layernorm-across-heads"
     runs.check(Cell(model, layout, world_size=world_size, num_steps=3))
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_a_norm_of_a_cut_width_is_computed_in_fp32(kind: str) -> None:
+    """Of bf16 numbers with a mean far from 0, the one rounding at the end apart."""
+    plain = NormLayer(small_config(normalization=kind, disable_bias_linear=False), 64)
+    torch.nn.init.constant_(plain.weight, 1.0)
+    cut = copy.deepcopy(plain)
+    for layer in (plain, cut):
+        layer.bias = None
+    become(cut, WidthParallelNorm, region=Region(None, False))
+    x = (torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
+    equal = (cut(x) == plain.double()(x.double()).bfloat16()).double().mean()
+    assert equal > 0.999, equal

@@ -146,6 +146,24 @@ def test_a_greedy_soup(run: Path, licence: str, tmp_path: Path, capsys: pytest.C
     assert len(record["of"]) == len(soup) and len(record["losses"]) == 4 and record["method"] == "greedy"
 
 
+def test_a_validation_reads_as_its_run_did(run: Path, tmp_path: Path) -> None:
+    """Positions and documents apart, masked tokens not counted, and no more samples than asked for."""
+    flags = dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), True)
+    folder = changed(checkpoint.find(run), tmp_path / "apart", lambda name, tensor: tensor, **flags)
+    validation = Validation(folder, num_samples=21, micro_batch_size=8)
+    total = count = 0.0
+    for batch in validation._batches:
+        micro_batch = validation._micro_batch(batch)
+        assert micro_batch.position_ids is batch.position_ids and micro_batch.document_ids is batch.document_ids
+        hidden = validation.model(batch.tokens, batch.position_ids, batch.document_ids)
+        logprobs = validation.model.output.logits(hidden).log_softmax(-1).transpose(0, 1)  # [B, S, V]
+        own = logprobs.gather(2, batch.labels.unsqueeze(2)).squeeze(2)
+        total, count = total - float(own[batch.loss_mask > 0].sum()), count + float(batch.loss_mask.sum())
+    assert [len(batch.tokens) for batch in validation._batches] == [8, 8, 5]
+    assert count < 21 * 32, "documents end within samples"
+    assert validation.loss() == pytest.approx(total / count, rel=1e-5)
+
+
 def logits(model: GPT) -> Tensor:
     tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

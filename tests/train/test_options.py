@@ -13,6 +13,7 @@ from train_runs import command, losses, records, tiny, untimed
 
 from megatron_hc.cli import parse
 from megatron_hc.parallel.data import DataParallelOptimizer, StepStats
+from megatron_hc.run import set_up
 from megatron_hc.train import TrainingStopped, train
 
 INFINITE = ["--adam-eps", 0, "--clip-grad", 0, "--lr", 1e30]
@@ -52,6 +53,16 @@ def test_exit_interval_saves_and_the_next_start_goes_on(half: tuple, tmp_path: P
     assert losses(tmp_path) == whole and saved(tmp_path) == [4, 6, 8]
 
 
+def test_a_line_over_a_restart_is_that_of_one_run(half: tuple, tmp_path: Path) -> None:
+    """The losses since the last line are saved: iteration 4 is in the mean of 4, 5 and 6."""
+    flags, whole = half
+    flags = [*flags, "--log-interval", "3", "--save", str(tmp_path / "other"), "--load", str(tmp_path / "other")]
+    assert command([*flags, "--exit-interval", "4"]) == 0
+    assert command(flags) == 0
+    lines = losses(tmp_path)
+    assert lines == pytest.approx([sum(part) / len(part) for part in (whole[:3], whole[3:6], whole[6:])], rel=1e-12)
+
+
 def test_exit_duration(licence: str, tmp_path: Path) -> None:
     began = time.monotonic()
     assert (
@@ -69,6 +80,9 @@ def test_finetune_takes_the_weights_only(half: tuple, tmp_path: Path) -> None:
     assert [record["iteration"] for record in tuned] == list(range(1, 9))
     assert tuned[0]["consumed_samples"] == 4
     assert tuned[0]["lm_loss"] < whole[0] - 0.1, "starts from trained weights, on the first samples"
+    set_up(parse([*flags, "--finetune"]))
+    begun = torch.get_rng_state()
+    assert torch.equal(begun, torch.manual_seed(1234).get_state()), "dropout as at iteration 0"
 
 
 @pytest.mark.parametrize("flag", ["--no-load-optim", "--no-load-rng"])

@@ -181,3 +181,21 @@ def test_every_method_is_measured_and_left_as_it_was(method: str) -> None:
     }
     assert all(value is None or math.isfinite(value) for row in stats.values() for value in row)
     assert model.training and before == wrapped(model)
+
+
+def test_dropout_is_off_and_the_mode_is_put_back() -> None:
+    model, tokens = build(small_config(hidden_dropout=0.5)), random_tokens()
+    stats = measured(model, tokens)
+    assert measured(model, tokens) == stats and model.training
+    assert measured(model.eval(), tokens) == stats and not model.training
+    assert not any(module._forward_hooks for module in model.modules()), "steps of training are not watched"
+
+
+def test_weights_of_a_dense_value_residual() -> None:
+    """Of n weights the first one and the layer's own."""
+    model = randomise(build(small_config(value_residual="dense")))
+    stats = measured(model, random_tokens())
+    weights = [layer.attention.value_residual.weights.tolist() for layer in model.stage_layers()[1:]]
+    assert len(weights[1]) == 3
+    assert stats["value_first"] == [None, *(own[0] for own in weights)]
+    assert stats["value_own"] == [None, *(own[-1] for own in weights)]

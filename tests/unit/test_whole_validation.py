@@ -11,7 +11,7 @@ import torch
 from helpers import VOCAB, build, randomise, small_config
 
 from megatron_hc.cli import parse
-from megatron_hc.config import TrainConfig, TrainingConfig
+from megatron_hc.config import DataConfig, TrainConfig, TrainingConfig
 from megatron_hc.data import IndexedDatasetWriter, NullTokenizer, build_whole_validation
 from megatron_hc.data.dataset import SampleFormat, WholeDataset
 from megatron_hc.data.indexed import IndexedDataset
@@ -46,17 +46,23 @@ def test_every_token_once_and_in_order(prefix: str, bounds: tuple[int, int]) -> 
     assert all(sample.loss_mask.all() for sample in samples[:-1])
 
 
-def test_the_loss_is_that_of_the_tokens(prefix: str) -> None:
-    """Micro-batches of 3 over 8 samples: the last one is filled up."""
-    config = small_config()
+@pytest.mark.parametrize("are_apart", [False, True])
+def test_the_loss_is_that_of_the_tokens(prefix: str, are_apart: bool) -> None:
+    """Micro-batches of 3 over 8 samples: the last one is filled up. Documents see each other, or each is alone."""
+    config = small_config(position_embedding_type="learned_absolute")
     model = randomise(build(config)).eval()
-    run = TrainConfig(model=config, training=TrainingConfig(fp64=True, micro_batch_size=3))
-    dataset = WholeDataset(IndexedDataset(prefix), (0, 7), SampleFormat.of(TOKENIZER, S, eod_mask_loss=True))
+    resets = {"reset_position_ids": are_apart, "reset_attention_mask": are_apart}
+    training = TrainingConfig(fp64=True, micro_batch_size=3)
+    run = TrainConfig(model=config, training=training, data=DataConfig(mock_data=True, **resets))
+    form = SampleFormat.of(TOKENIZER, S, eod_mask_loss=True, **resets)
+    dataset = WholeDataset(IndexedDataset(prefix), (0, 7), form)
     assert len(dataset) % 3
     losses, counts = [], []
     for index in range(len(dataset)):
         sample = dataset[index]
-        logits = model.output.logits(model(torch.from_numpy(sample.tokens)[None]))[:, 0]
+        ends = np.flatnonzero(sample.tokens == TOKENIZER.eod) + 1
+        documents = [part for part in np.split(sample.tokens, ends if are_apart else []) if len(part)]
+        logits = torch.cat([model.output.logits(model(torch.from_numpy(part)[None]))[:, 0] for part in documents])
         each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(sample.labels), reduction="none")
         losses.append(float((each * torch.from_numpy(sample.loss_mask)).sum()))
         counts.append(float(sample.loss_mask.sum()))

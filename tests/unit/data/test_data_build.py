@@ -204,6 +204,19 @@ def test_cache_lies_beside_the_data_and_is_used(prefix: str, monkeypatch: pytest
     assert len(cache_files(folder)) == 12
 
 
+def test_whatever_changes_the_indices_has_a_cache_of_its_own(prefix: str) -> None:
+    """Length and number of samples, the part of the file, the order of its documents' lengths."""
+    folder = Path(prefix).parent / "cache" / "GPTDataset_indices"
+    write_corpus(Path(prefix), [30, 50] * 15)
+    for length, split, samples in ((16, "1", 50), (17, "1", 50), (16, "1", 900), (16, "2,1", 50), (16, "1,1,1", 50)):
+        before = len(cache_files(folder)) if folder.exists() else 0
+        build_datasets(train_config(length, data_path=(prefix,), split=split), BYTES, (samples, 0, 0))
+        assert len(cache_files(folder)) == before + 4
+    write_corpus(Path(prefix), [50, 30] * 15)
+    build_datasets(train_config(16, data_path=(prefix,), split="1"), BYTES, (50, 0, 0))
+    assert len(cache_files(folder)) == 24
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -13,9 +13,10 @@ from helpers import VOCAB, build, randomise, small_config
 from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
 from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_hc.inference import Decoder, Engine, Request, TextWriter
+from megatron_hc.inference import engine as engine_module
 from megatron_hc.inference.engine import Generation
 from megatron_hc.mesh import Mesh
-from megatron_hc.model.generate import Sampling, choose, generate, largest
+from megatron_hc.model.generate import Sampling, _draw, choose, generate, largest
 from megatron_hc.model.gpt import GPT
 
 TOKENIZER = NullTokenizer(VOCAB - 1)
@@ -157,6 +158,18 @@ def test_draws_follow_the_distribution() -> None:
         assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / number).sqrt()).all(), (sampling, share)
 
 
+def test_what_a_draw_takes_at_its_limits() -> None:
+    """What holds top_p exactly is enough; a token without probability is not drawn, even at 0."""
+    even = torch.tensor([[0.0, 0.0, -1000.0]]).expand(50, 3)
+    assert not choose(even, [Sampling(top_p=0.5)] * 50, range(50)).any()
+    assert choose(even, [Sampling(top_p=0.51)] * 50, range(50)).unique().tolist() == [0, 1]
+    impossible_first = torch.tensor([[float("-inf"), 0.0, 0.0]])
+    unknown = torch.full((1, 3), float("nan"))
+    for cuts in (False, True):
+        assert int(choose(unknown, [Sampling(top_k=2 * cuts)], [0])) in range(3), "a model that diverged ends nothing"
+        assert _draw(impossible_first, [Sampling(top_k=3)], [0.0], cuts).tolist() == [1]
+
+
 def test_a_temperature_next_to_0_takes_the_likeliest_token() -> None:
     """Even one at which every quotient would be infinite."""
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) + 3
@@ -277,3 +290,28 @@ def test_a_long_run_of_bytes(llama2_like: Tokenizer) -> None:
 def test_stop_strings(text: str, stop: tuple[str, ...], expected: str, is_stopped: bool) -> None:
     parts, stopped = write(text, stop, prompt="ab two")
     assert ("".join(parts), stopped) == (expected, is_stopped)
+
+
+def test_prompts_are_read_within_the_budget_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padding counts; one prompt always fits."""
+    monkeypatch.setattr(engine_module, "MAX_PREFILL_TOKENS", 12)
+    for lengths, first in (((4, 6, 2), 2), ((6, 7), 1), ((20, 1), 1), ((1, 6, 1), 2)):
+        engine = engine_of(small_config(max_position_embeddings=40))
+        for length in lengths:
+            engine.add(Request(prompt=(1,) * length, max_new_tokens=2, ignore_eod=True))
+        assert len(engine.step()) == first, lengths
+
+
+def test_a_text_longer_than_its_row_is_refused() -> None:
+    """Rows can be shorter than the model's positions."""
+    engine = engine_of(small_config(max_position_embeddings=64))
+    engine.check(Request(prompt=(1,) * 38, max_new_tokens=2))
+    with pytest.raises(ValueError, match="after a prompt of 39 tokens"):
+        engine.check(Request(prompt=(1,) * 39, max_new_tokens=2))
+
+
+def test_nothing_is_dropped_while_text_is_written() -> None:
+    """Of a model that comes from training."""
+    model = randomise(build(small_config(hidden_dropout=0.5, max_position_embeddings=40)))
+    texts = [list(generate(model.train(), [1, 2], 8, Sampling(temperature=0), eod=-1)) for _ in range(2)]
+    assert texts[0] == texts[1] == list(generate(model.eval(), [1, 2], 8, Sampling(temperature=0), eod=-1))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, VOCAB, build, randomise, small_config
+from helpers import TRAINING, VOCAB, build, random_tokens, randomise, small_config
 
 from megatron_hc.config import TrainConfig
-from megatron_hc.inference.scoring import Item, Scorer
+from megatron_hc.inference import scoring
+from megatron_hc.inference.scoring import Item, Scorer, _score
 from megatron_hc.mesh import Mesh
+from megatron_hc.parallel.pipeline import Pipeline
+from megatron_hc.parallel.stages import MicroBatch
 
 
 def items(number: int = 20, longest: int = 31) -> list[Item]:
@@ -44,7 +48,9 @@ def test_scores(change: dict[str, Any], batch_size: int | None) -> None:
         assert score.is_greedy == bool((logprobs.argmax(-1) == labels)[own].all())
 
 
-def test_a_greedy_continuation_is_seen() -> None:
+def test_a_greedy_continuation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of texts longer than a batch's tokens, which go one by one."""
+    monkeypatch.setattr(scoring, "AUTO_TOKENS", 4)
     config = small_config(max_position_embeddings=30)
     model = randomise(build(config)).eval()
     text = [3, 1, 4]
@@ -57,3 +63,16 @@ def test_a_greedy_continuation_is_seen() -> None:
         False,
         True,
     ]
+
+
+def test_what_is_measured_stays_in_float64() -> None:
+    """Also of a model in fp32: sums over thousands of tokens come from the last stage as they are."""
+    config, tokens = small_config(), random_tokens()
+    pipeline = Pipeline(build(config, "fp32"), TrainConfig(model=config), Mesh())
+    third = torch.tensor([1 / 3], dtype=torch.float64)
+    found = pipeline.measure([MicroBatch(tokens, tokens, torch.ones(tokens.shape))], lambda *_: third, (1,))
+    assert found.tolist() == [[1 / 3]]
+    losses = torch.full((1, 5000), 0.1)
+    model: Any = SimpleNamespace(output=SimpleNamespace(scores=lambda *_: (losses, losses > 0)))
+    total, wrong = _score(model, torch.empty(0), MicroBatch(*[torch.empty(0)] * 3))
+    assert float(total) == float(losses.double().sum()) and float(wrong) == 0

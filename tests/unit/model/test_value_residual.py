@@ -101,6 +101,22 @@ def test_sparse_mixes_in_the_last_third() -> None:
         assert [i for i, layer in enumerate(layers) if layer.attention.value_residual.mixes] == expected
 
 
+@every_variant
+def test_values_of_bf16_are_mixed_in_fp32(variant: str) -> None:
+    """And rounded once: nearly all numbers are those of float64, rounded."""
+    generator = torch.Generator().manual_seed(2)
+    first, second, own = (torch.randn(8, 64, 2, 4, generator=generator).bfloat16() for _ in range(3))
+    gate, output = (torch.randn(8, 64, *shape, generator=generator).bfloat16() for shape in ((2, 1), (16,)))
+    found = []
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp64", torch.float64)):
+        mixer = randomise(build(config_of(variant), precision)).stage_layers()[2].attention.value_residual
+        earlier = tuple(v.to(dtype) for v in (first, second)[: 2 if variant == "dense" else 1])
+        mixed = mixer.mix(own.to(dtype), earlier, gate.to(dtype))
+        found.append(torch.cat((mixed.flatten(2), mixer.correct(output.to(dtype), own.to(dtype), earlier)), -1))
+    assert found[0].dtype == torch.bfloat16
+    assert (found[0] == found[1].bfloat16()).double().mean() > 0.999
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
