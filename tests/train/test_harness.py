@@ -69,11 +69,18 @@ def test_writing(checkpoint: Path) -> None:
     from megatron_hc.model.generate import Sampling, generate
 
     model = made(checkpoint)
-    expected = ByteTokenizer().detokenize(generate(model.model, b"You may", 9, Sampling(temperature=0), eod=256))
+    long = "".join(map(chr, range(33, 123)))  # of which the last 39 tokens leave room for 9 of 48
+
+    def written(prompt: str, **sampling: Any) -> str:
+        tokens = generate(model.model, prompt.encode()[-39:], 9, Sampling(**sampling), eod=256)
+        return ByteTokenizer().detokenize(tokens)
+
+    expected = written("You may", temperature=0)
     options = {"until": ["\n\n"], "max_gen_toks": 9}
     drawn = {**options, "do_sample": True, "temperature": 0.9, "top_k": 7}
-    texts = model.generate_until([asked("You may", options), asked("You may", drawn), asked("x" * 90, options)])
-    assert texts[0] == expected and texts[1] != expected and texts[2]
+    texts = model.generate_until([asked("You may", options), asked("You may", drawn), asked(long, options)])
+    assert texts == [expected, written("You may", temperature=0.9, top_k=7, seed=1235), written(long, temperature=0)]
+    assert texts[1] != expected
     with pytest.raises(ValueError, match=r"--top-p must be in \(0, 1\], not 0.0"):
         model.generate_until([asked("You may", {**drawn, "top_p": 0})])
     with pytest.raises(ValueError, match="generation arguments beams are not known here"):

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from convert_models import FAMILIES, random_model, saved, tensors_of, tokens
-from helpers import assert_same_bits
+from helpers import assert_same_bits, small_config
 from safetensors.torch import save_file
 
+from megatron_hc.config import MoEConfig
 from megatron_hc.convert import families, hf
 from megatron_hc.inference import load_model
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 QUIET = hf.Options(say=lambda text: None)
 SHARDED = hf.Options(say=lambda text: None, max_shard_bytes=20_000)
@@ -77,6 +78,54 @@ def test_key_value_heads_that_are_null(name: str) -> None:
     heads = {"llama3": 64, "qwen2": 32, "qwen3": 32, "mixtral": 8}[name]
     found, _ = families.arguments_of(config)
     assert found["group_query_attention"] == (heads < 64) and found["num_query_groups"] == (heads if heads < 64 else 1)
+
+
+@pytest.mark.parametrize("family", families.ARCHITECTURES)
+def test_what_a_config_leaves_out_is_the_familys_default(family: str) -> None:
+    """As transformers fills it in."""
+    sizes = dict(zip(("n_layer", "n_embd", "n_head", "n_positions"), (2, 64, 4, 32), strict=True))
+    if family != "gpt2":
+        heads = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 32 if family != "llama" else 4}
+        sizes = heads | {"intermediate_size": 64, "max_position_embeddings": 32}
+    if family in families.MOE:
+        sizes |= {"num_local_experts" if family == "mixtral" else "num_experts": 16}
+        sizes |= {"moe_intermediate_size": 32} if family == "qwen3_moe" else {}
+    config = {"model_type": family, "vocab_size": 60000, **sizes}
+    theirs = transformers.AutoConfig.for_model(**config).to_dict()
+    assert families.arguments_of(config) == families.arguments_of(theirs)
+
+
+def test_what_an_export_says_of_training() -> None:
+    """Nothing that changes the function, but whoever trains on begins with it."""
+    training = {"hidden_dropout": 0.1, "attention_dropout": 0.2, "init_method_std": 0.3}
+    moe = MoEConfig(num_experts=4, moe_router_load_balancing_type=("aux_loss",), moe_aux_loss_coeff=(0.5,))
+    gpt2 = families.config_of("gpt2", small_config(**training), 50, "float32")
+    found = [gpt2[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range")]
+    assert found == [0.1, 0.1, 0.2, 0.3]
+    mixtral = families.config_of("mixtral", small_config(**training, moe=moe), 50, "float32")
+    found = [mixtral[name] for name in ("attention_dropout", "initializer_range", "router_aux_loss_coef")]
+    assert found == [0.2, 0.3, 0.5]
+
+
+def test_words_for_one_thing() -> None:
+    """GELU's tanh formula has two names; what kind of scaled rotary positions it is, once was "type"."""
+    gpt2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 32, "vocab_size": 50}
+    for name, is_tanh in (("gelu_new", True), ("gelu_pytorch_tanh", True), ("gelu", False)):
+        assert families.arguments_of(gpt2 | {"activation_function": name})[0]["openai_gelu"] == is_tanh
+    llama = random_model("llama3").config.to_dict()
+    for name in ("rope_parameters", "rope_scaling"):
+        llama.pop(name, None)
+    for name in ("type", "rope_type"):
+        found, _ = families.arguments_of(llama | {"rope_scaling": {name: "llama3", "factor": 8.0}})
+        assert found["use_rope_scaling"] and found["rope_scaling_factor"] == 8
+
+
+def test_every_other_layer_of_qwen3_moe_has_experts() -> None:
+    sizes = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 32, "intermediate_size": 64}
+    sizes |= {"max_position_embeddings": 32, "vocab_size": 50, "num_experts": 16, "moe_intermediate_size": 32}
+    for step, dense, pattern in ((2, [], [0, 1, 0, 1]), (1, [2], [1, 1, 0, 1]), (3, [], [0, 0, 1, 0])):
+        config = {"model_type": "qwen3_moe", **sizes, "decoder_sparse_step": step, "mlp_only_layers": dense}
+        assert families.arguments_of(config)[0]["moe_layer_freq"] == [str(pattern)]
 
 
 def test_dtypes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from helpers import VOCAB, build, randomise, small_config
 
 from megatron_hc.cli import parse
-from megatron_hc.config import DataConfig, TrainConfig, TrainingConfig
+from megatron_hc.config import DataConfig, EvaluationConfig, TrainConfig, TrainingConfig
 from megatron_hc.data import IndexedDatasetWriter, NullTokenizer, build_whole_validation
 from megatron_hc.data.dataset import SampleFormat, WholeDataset
 from megatron_hc.data.indexed import IndexedDataset
@@ -44,6 +45,13 @@ def test_every_token_once_and_in_order(prefix: str, bounds: tuple[int, int]) -> 
     predicted = np.concatenate([sample.labels[sample.loss_mask > 0] for sample in samples])
     assert (read == text[:-1]).all() and (predicted == text[1:]).all() and len(predicted) == len(text) - 1
     assert all(sample.loss_mask.all() for sample in samples[:-1])
+
+
+def test_a_token_outside_the_vocabulary_is_named(prefix: str) -> None:
+    """Also where the look at the start has not come by."""
+    dataset = WholeDataset(IndexedDataset(prefix), (0, 7), SampleFormat(seq_length=S, vocab_size=5, eod=4))
+    with pytest.raises(ValueError, match=r"text\.bin holds the token id \d+, but the tokenizer has only 5 tokens"):
+        dataset[1]
 
 
 @pytest.mark.parametrize("are_apart", [False, True])
@@ -119,6 +127,26 @@ def test_sources(prefix: str, tmp_path: Path) -> None:
 def test_scores_by_name() -> None:
     results = {"a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": "N/A", "em,strict": 1}}
     assert flat_scores(results) == {"a/acc": 0.5, "a/em/strict": 1.0}
+
+
+def test_options_of_tasks_reach_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it draws nothing from the run's random generators."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from megatron_hc.evaluation import Tasks
+    from megatron_hc.inference.harness import register
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **options: given.update(options))
+    tasks, config = Tasks.__new__(Tasks), small_config()
+    tasks.model_class, tasks.manager = register(), "manager"
+    tasks.options = EvaluationConfig(
+        eval_harness_tasks=("a", "b"), eval_harness_num_fewshot=2, eval_harness_limit=3, eval_harness_batch_size=5
+    )
+    assert tasks.scores(build(config), TrainConfig(model=config), Mesh(), TOKENIZER) == {}
+    assert given.pop("model").batch_size == 5
+    expected = {"tasks": ["a", "b"], "num_fewshot": 2, "limit": 3, "task_manager": "manager"}
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+    assert {name: given[name] for name in (*expected, *seeds)} == expected | seeds
 
 
 @pytest.mark.parametrize(

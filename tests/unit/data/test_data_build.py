@@ -17,6 +17,7 @@ from megatron_hc.data import (
     ByteTokenizer,
     GPTDataset,
     IndexedDataset,
+    IndexedDatasetWriter,
     MockDataset,
     NullTokenizer,
     SampleFormat,
@@ -118,9 +119,11 @@ def test_token_outside_the_vocabulary_is_refused_at_the_start(tmp_path: Path, mo
     assert not (tmp_path / "cache").exists()
     # A file larger than what is scanned: the end of it still is, and the rest is checked sample by sample.
     monkeypatch.setattr(dataset_module, "SCANNED_TOKENS", 640)
-    indexed = IndexedDataset(prefix)
-    with pytest.raises(ValueError, match="holds the token id 256"):
-        scan_token_ids(indexed, SampleFormat(seq_length=16, vocab_size=256, eod=0))
+    with IndexedDatasetWriter(str(tmp_path / "e"), np.uint16) as writer:
+        writer.add_document([1] * 1999 + [256])
+    for indexed in (IndexedDataset(prefix), IndexedDataset(str(tmp_path / "e"))):
+        with pytest.raises(ValueError, match="holds the token id 256"):
+            scan_token_ids(indexed, SampleFormat(seq_length=16, vocab_size=256, eod=0))
 
 
 def test_negative_token_is_refused(tmp_path: Path) -> None:
@@ -202,6 +205,13 @@ def test_cache_lies_beside_the_data_and_is_used(prefix: str, monkeypatch: pytest
     write_corpus(Path(prefix), [39] * 30 + [30])
     build_datasets(config, BYTES, (50, 0, 0))
     assert len(cache_files(folder)) == 12
+
+
+def test_the_datasets_of_a_blend_prepare_a_surplus(tmp_path: Path) -> None:
+    paths = tuple(write_corpus(tmp_path / name, [40] * 30) for name in "ab")
+    config = train_config(16, train_data_path=("3", paths[0], "1", paths[1]), mid_level_dataset_surplus=0.5)
+    blend, *_ = build_datasets(config, BYTES, (40, 0, 0))
+    assert [part.description["num_samples"] for part in blend.datasets] == [45, 15] and len(blend) == 40
 
 
 def test_whatever_changes_the_indices_has_a_cache_of_its_own(prefix: str) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron_hc.data import BlendedDataset, ByteTokenizer, GPTDataset, IndexedDataset, Sample, SampleFormat
 from megatron_hc.data.blend import blending_indices, exhaustive_indices, normalize
 from megatron_hc.data.build import build_datasets, split_ranges
+from megatron_hc.data.indices import build_indices, lengths_digest
 
 
 @pytest.fixture
@@ -219,3 +220,19 @@ def test_padding_id_masks_the_loss_and_becomes_zero() -> None:
     sample = SampleFormat(seq_length=4, vocab_size=10, eod=9, pad=3).sample(np.array([1, 3, 9, 2, 3]))
     assert sample.tokens.tolist() == [1, 0, 9, 2] and sample.labels.tolist() == [0, 9, 2, 0]
     assert sample.loss_mask.tolist() == [0, 1, 1, 0]
+
+
+def test_more_tokens_than_32_bits_count() -> None:
+    """Three sequences of 10^9 tokens, in samples of 2^28."""
+    lengths, length = np.full(3, 10**9, dtype=np.int32), 2**28
+    indices = build_indices(lengths, 0, 3, None, length, 1)
+    starts = indices.sample[:, 0].astype(np.int64) * 10**9 + indices.sample[:, 1]
+    assert starts.tolist() == [number * length for number in range(12)] and len(indices.shuffle) == 11
+    assert build_indices(lengths, 0, 3, 12, length, 1).document.shape == (6,)
+
+
+def test_a_digest_looks_at_all_of_a_long_file() -> None:
+    lengths = np.full(3 * 65536, 10, dtype=np.int32)
+    longer = lengths.copy()
+    longer[2 * 65536 :] = 11
+    assert lengths_digest(lengths) != lengths_digest(longer)

@@ -76,3 +76,11 @@ def test_what_is_measured_stays_in_float64() -> None:
     model: Any = SimpleNamespace(output=SimpleNamespace(scores=lambda *_: (losses, losses > 0)))
     total, wrong = _score(model, torch.empty(0), MicroBatch(*[torch.empty(0)] * 3))
     assert float(total) == float(losses.double().sum()) and float(wrong) == 0
+
+
+def test_texts_can_be_cut_evenly() -> None:
+    """Over the processes of a context, and with sequence parallelism those of a tensor."""
+    config, sizes = TrainConfig(model=small_config()), {"cp": 3, "tp": 5, "pp": 1}
+    for is_cut, multiple in ((False, 24), (True, 120)):
+        mesh: Any = SimpleNamespace(size=sizes.__getitem__, sequence_parallel=is_cut)
+        assert Scorer(build(config.model), config, mesh).multiple == multiple

@@ -22,7 +22,7 @@ from helpers import build, randomise, small_config
 from megatron_hc.config import TrainConfig
 from megatron_hc.data.tokenizer import ByteTokenizer
 from megatron_hc.inference import Decoder, Engine
-from megatron_hc.inference.completions import Completion, Limits
+from megatron_hc.inference.completions import BadRequest, Completion, Limits, parse_completion
 from megatron_hc.inference.engine import TokenLogprobs
 from megatron_hc.inference.service import Service, Update
 from megatron_hc.mesh import Mesh
@@ -142,6 +142,22 @@ def test_fields(server: Server) -> None:
         "You", 12, Sampling(temperature=0.9, top_k=5, top_p=0.8, seed=3)
     )
     assert choice(max_tokens=50, ignore_eos=True)["finish_reason"] == "length"
+
+
+def test_what_a_body_becomes() -> None:
+    """Up to the last token that there is room for, and the last id there is."""
+    limits, tokenizer = Limits(prompt_tokens=40, new_tokens=50, total_tokens=45), ByteTokenizer()
+    body = {"prompt": ["ab", [3, 256]], "max_tokens": 43, "n": 2, "echo": True, "ignore_eos": True, "seed": 7}
+    found = parse_completion(body, tokenizer, limits, "small")
+    assert [request.prompt for request in found.requests] == [(97, 98)] * 2 + [(3, 256)] * 2
+    assert [request.sampling.seed for request in found.requests] == [7, 8, 7, 8]
+    assert all(request.ignore_eod and request.max_new_tokens == 43 for request in found.requests)
+    assert found.echoed == ["ab"] * 2 + [tokenizer.detokenize([3, 256])] * 2
+    assert found.num_prompt_tokens == 4 and not found.has_logprobs
+    assert parse_completion({"prompt": "a", "logprobs": 0}, tokenizer, limits, "small").has_logprobs
+    for wrong in ({"max_tokens": 44}, {"prompt": [257]}):
+        with pytest.raises(BadRequest):
+            parse_completion(body | wrong, tokenizer, limits, "small")
 
 
 def test_of_tokens_with_one_name_the_likeliest_counts() -> None:
