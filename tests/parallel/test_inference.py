@@ -184,6 +184,7 @@ EXPERTS = "--num-experts 4 --moe-router-topk 2 --swiglu --disable-bias-linear"
     "model, layout, world_size",
     [
         ("--residual-connection hyper", TP, 4),
+        ("--residual-connection hyper", "--context-parallel-size 2", 2),
         (EXPERTS, "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall", 2),
         (EXPERTS, f"{TP} --expert-model-parallel-size 4 --expert-tensor-parallel-size 1", 4),
         ("", "--pipeline-model-parallel-size 2 --pipeline-schedule zbv --num-layers 4", 2),

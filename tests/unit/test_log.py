@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -457,3 +458,46 @@ def test_peak_of_known_devices(monkeypatch: pytest.MonkeyPatch, name: str, peak:
     assert peak_of("--bf16") == peak
     assert peak_of("") is None  # the table is of bf16
     assert peak_of("--peak-tflops 5") == 5.0
+
+
+def test_losses_of_routers_are_means_over_a_line_and_a_restart(tmp_path: Path) -> None:
+    """Of layers 1 and 2 at iterations 1 .. 6; no line counts the samples of the one before."""
+    for parts in ((range(1, 7),), (range(1, 5), range(5, 7))):
+        path, state = tmp_path / f"{len(parts)}.jsonl", None
+        for part in parts:
+            flags = f"--log-interval 3 --moe-per-layer-logging --metrics-jsonl {path}"
+            logger, clock = make(flags, start_iteration=part.start - 1)
+            with logger:
+                logger.restore(json.loads(json.dumps(state))) if state else None
+                for iteration in part:
+                    clock.now += 0.25
+                    losses = {"load_balancing_loss": [None, iteration, 3.0 * iteration]}
+                    common = {"consumed_samples": 0, "batch_size": 8, "loss": 1.0, "learning_rate": 1.0}
+                    logger.step(iteration=iteration, router_losses=losses, **common)
+                state = logger.state()
+        found = records(path)
+        assert [record["load_balancing_loss"] for record in found] == [4, 10]
+        assert [record["moe/load_balancing_loss_layer_1"] for record in found] == [2, 5]
+        assert len({record["tokens_per_second"] for record in found}) == 1
+
+
+def test_operations_of_experts_and_of_one_of_four_processes(tmp_path: Path) -> None:
+    """Layer 1 has two of four experts per token, and a shared one, each with three matrices."""
+    swiglu = "--swiglu --ffn-hidden-size 96"
+    experts = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 24"
+    dense, sparse = (config_of(flags).model for flags in (swiglu, f"{swiglu} {experts} --moe-layer-freq 2"))
+    with_experts = sum(sparse.moe.has_experts(sparse.num_layers))
+    more = 6 * with_experts * 3 * dense.hidden_size * (2 * 48 + 24 - 96)
+    assert with_experts and log.flops_per_token(sparse, 257) - log.flops_per_token(dense, 257) == more
+    rates = []
+    for world_size in (1, 4):
+        layout: Any = SimpleNamespace(world_size=world_size, is_first=True, device="cpu")
+        clock = Clock()
+        logger = log.Logger(
+            config_of(f"--log-interval 1 --metrics-jsonl {tmp_path / str(world_size)}"),
+            *(layout, 257), total_iterations=10, clock=clock,
+        )  # fmt: skip
+        with logger:
+            run(logger, clock, range(1, 2))
+        rates.append(records(tmp_path / str(world_size))[0]["tflops"])
+    assert rates[0] == pytest.approx(4 * rates[1], rel=1e-12)

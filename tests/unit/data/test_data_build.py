@@ -214,6 +214,15 @@ def test_the_datasets_of_a_blend_prepare_a_surplus(tmp_path: Path) -> None:
     assert [part.description["num_samples"] for part in blend.datasets] == [45, 15] and len(blend) == 40
 
 
+def test_every_blend_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    """By shares, number of samples and datasets."""
+    a, b = (write_corpus(tmp_path / name, [40] * 30) for name in "ab")
+    blends = (("3", a, "1", b), 40), (("1", a, "1", b), 40), (("1", a, "1", b), 60), (("1", b, "1", a), 40)
+    for number, (paths, samples) in enumerate(blends, 1):
+        build_datasets(train_config(16, train_data_path=paths), BYTES, (samples, 0, 0))
+        assert len(list((tmp_path / "cache").glob("*/*BlendedDataset-train-description.txt"))) == number
+
+
 def test_whatever_changes_the_indices_has_a_cache_of_its_own(prefix: str) -> None:
     """Length and number of samples, the part of the file, the order of its documents' lengths."""
     folder = Path(prefix).parent / "cache" / "GPTDataset_indices"
