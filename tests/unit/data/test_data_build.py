@@ -215,9 +215,10 @@ def test_the_datasets_of_a_blend_prepare_a_surplus(tmp_path: Path) -> None:
 
 
 def test_every_blend_has_a_cache_of_its_own(tmp_path: Path) -> None:
-    """By shares, number of samples and datasets."""
+    """By shares, also those of which the datasets prepare as many samples, by number of samples and by datasets."""
     a, b = (write_corpus(tmp_path / name, [40] * 30) for name in "ab")
-    blends = (("3", a, "1", b), 40), (("1", a, "1", b), 40), (("1", a, "1", b), 60), (("1", b, "1", a), 40)
+    shares = [(("73.75", a, "26.25", b), 40), (("73", a, "27", b), 40), (("73", b, "27", a), 40)]
+    blends = [*shares, ((a, b), 10), ((a, b), 12)]
     for number, (paths, samples) in enumerate(blends, 1):
         build_datasets(train_config(16, train_data_path=paths), BYTES, (samples, 0, 0))
         assert len(list((tmp_path / "cache").glob("*/*BlendedDataset-train-description.txt"))) == number

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from data_corpus import files_of, load_tool, texts_of
 
-from megatron_hc.data import IndexedDataset
+from megatron_hc.data import IndexedDataset, streams
+from megatron_hc.data.readers import open_reader
 
 zstandard = pytest.importorskip("zstandard")
 pa = pytest.importorskip("pyarrow")
@@ -435,3 +436,35 @@ def test_missing_library_names_the_extra(preprocess, tmp_path, capfd, monkeypatc
         monkeypatch.setitem(sys.modules, module, None)
     assert run(preprocess, tmp_path, "--input", str(tmp_path / name)) == 2
     assert f"needs the {package} package: pip install 'megatron_hc[data]'" in capfd.readouterr().err
+
+
+def test_parts_of_a_file_say_where_in_the_file_a_line_is(tmp_path: Path) -> None:
+    """A byte order mark is one at the file's beginning only."""
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"\ufeffline {number}\n" for number in range(50)), encoding="utf-8")
+    whole = open_reader(str(path), ["text"], "\n")
+    parts = whole.divided(3)
+    assert len(parts) == 3
+    of_whole, of_parts = (
+        [(one.place(record), one.texts(record)) for one in readers for record in one.records()]
+        for readers in ([whole], parts)
+    )
+    assert of_whole == of_parts and of_whole[-1][0] == f"{path}, line 50"
+    assert [texts for _, texts in of_whole[:2]] == [{"text": ["line 0"]}, {"text": ["\ufeffline 1"]}]
+
+
+def test_separators_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across blocks, around pieces that are too long, at the ends of parts."""
+    text, separator = b"ab<->c<-><->de<->a long piece<->f<->another long one<->g", b"<->"
+    monkeypatch.setattr(streams, "LONGEST_PIECE", 8)
+    expected = [piece if len(piece) <= 8 else None for piece in text.split(separator)]
+    for size in range(1, len(text) + 1):
+        blocks = [text[first : first + size] for first in range(0, len(text), size)]
+        assert list(streams.pieces(iter(blocks), separator)) == expected, size
+        path = tmp_path / "text"
+        path.write_bytes(text + separator)
+        monkeypatch.setattr(streams, "BLOCK_BYTES", size)
+        if size >= len(separator):
+            assert streams.count(str(path), separator, len(text)) == text.count(separator)
+        # Behind the first separator from each twentieth on; the last one ends the file and cuts nothing.
+        assert streams.cuts(str(path), separator, 20) == [5, 9, 17, 32, 36, 55], size

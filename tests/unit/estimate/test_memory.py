@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ from megatron_hc.cli import parse
 from megatron_hc.config import TrainConfig
 from megatron_hc.estimate.memory import active_parameters, total_parameters
 from megatron_hc.estimate.paper import PaperRank
+from megatron_hc.estimate.simulate import _memory, _ready
 from megatron_hc.estimate.trace import trace
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.gpt import padded_vocab_size
 from megatron_hc.parallel import recompute, recompute_reads
 from megatron_hc.parallel.plan import build_model, cast_parameters, compute_dtype, materialize, placements
+from megatron_hc.parallel.schedules import Action
 from megatron_hc.parallel.stages import MicroBatch, Stage
 from megatron_hc.residual import RESIDUALS
 
@@ -184,3 +188,24 @@ def _really_kept(config: TrainConfig, counting: list[Kept]) -> int:
         (loss,) = stage.forward(MicroBatch(tokens, tokens, torch.rand(shape)), [])
     assert loss.requires_grad
     return kept.bytes
+
+
+def test_what_waits_for_its_weight_gradients_takes_memory() -> None:
+    """Two micro-batches hold 10 each; after their input gradients 12 each wait, which the weights' give back."""
+    of_pass = [SimpleNamespace(peak_bytes=peak) for peak in (5, 7, 2)]
+    stage: Any = SimpleNamespace(**dict(zip(("forward", "backward", "weight"), of_pass, strict=True)))
+    stage.held_bytes, stage.waiting_bytes = 10, 12
+    kinds = ["forward"] * 2 + ["backward_input"] * 2 + ["backward_weight"] * 2
+    actions = [Action(kind, 0, index % 2) for index, kind in enumerate(kinds * 2)]
+    assert _memory(actions, [stage]) == (2, 10 + 12 + 7)
+
+
+def test_messages_travel_between_processes_only() -> None:
+    """A V of four stages over two processes, which turns within the second one."""
+    layout: Any = SimpleNamespace(num_stages=4, rank_of=[0, 1, 1, 0].__getitem__)
+    ends = {Action("forward", 0, 0): 10.0, Action("forward", 1, 0): 20.0}
+    ends |= {Action("backward_input", 3, 0): 30.0, Action("backward_input", 2, 0): 40.0}
+    wanted = {("forward", 0): 0, ("forward", 1): 10 + 1, ("forward", 2): 20, ("backward", 2): 30 + 4}
+    wanted |= {("backward_input", 1): 40, ("backward_weight", 2): 40, ("forward", 3): None}
+    for (kind, stage), expected in wanted.items():
+        assert _ready(layout, Action(kind, stage, 0), ends, [0.0, 1.0, 2.0, 4.0]) == expected
