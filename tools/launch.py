@@ -10,7 +10,6 @@ the flags reach it as arguments, never through a shell.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 import subprocess
@@ -61,14 +60,16 @@ def main(argv: list[str]) -> int:
         flags = [*flags, *folders_of_files(parsed)]
         if config.checkpoint.save is None:
             raise ValueError("--save FOLDER must be given: a job that stops resumes from there")
+        if "SIGUSR1" not in config.training.exit_signal:
+            raise ValueError("--exit-signal must hold SIGUSR1, which Slurm sends before the time limit")
         config.validate(options.nodes * per_node)
-        batch_file = fill_in(template(options.launcher), sbatch_options(options, per_node))
+        batch_file = fill_in(template(options.launcher), sbatch_options(options, per_node), per_node)
         check = "\n".join(layout_check(config, options.nodes, per_node))
     if options.dry_run:
         print(f"{batch_file}\n# Flags: {shlex.join(flags)}\n#\n{re.sub('^', '# ', check, flags=re.MULTILINE)}")
         return 0
     print(check)
-    return submit(batch_file, flags, per_node)
+    return submit(batch_file, flags)
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -118,8 +119,11 @@ def sbatch_options(options: argparse.Namespace, per_node: int) -> dict[str, str]
     return found
 
 
-def fill_in(text: str, options: dict[str, str]) -> str:
-    """The template with these options in place of its own, which stay where they are not named."""
+def fill_in(text: str, options: dict[str, str], per_node: int) -> str:
+    """The template with these options in place of its own, which stay where they are not named.
+
+    What the script takes from the environment is written into it: --sbatch=--export=NAME leaves out all other names.
+    """
     lines = text.splitlines()
     first = next(index for index, line in enumerate(lines) if line.startswith("#SBATCH"))
     kept = [line for line in lines[first:] if line.startswith("#SBATCH") and _name(line) not in options]
@@ -127,7 +131,8 @@ def fill_in(text: str, options: dict[str, str]) -> str:
         kept = [line for line in kept if _name(line) != "--gpus-per-node"]
     own = [f"#SBATCH {name}={value}".rstrip("=") for name, value in options.items()]
     rest = [line for line in lines[first:] if not line.startswith("#SBATCH")]
-    return "\n".join([*lines[:first], *own, *kept, *rest])
+    settings = f"export MEGATRON_HC_ROOT={shlex.quote(str(ROOT))} PROCESSES_PER_NODE={per_node}"
+    return "\n".join([*lines[:first], *own, *kept, "", settings, *rest[1:]])
 
 
 def _name(line: str) -> str:
@@ -163,13 +168,12 @@ def layout_check(config: TrainConfig, nodes: int, per_node: int) -> list[str]:
     return lines
 
 
-def submit(batch_file: str, flags: list[str], per_node: int) -> int:
-    environment = os.environ | {"MEGATRON_HC_ROOT": str(ROOT), "PROCESSES_PER_NODE": str(per_node)}
+def submit(batch_file: str, flags: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.sbatch"
         file.write_text(batch_file + "\n", encoding="utf-8")
         try:
-            return subprocess.run(["sbatch", str(file), *flags], env=environment).returncode
+            return subprocess.run(["sbatch", str(file), *flags]).returncode
         except FileNotFoundError:
             print("launch.py: error: sbatch is not on this machine; --dry-run needs none", file=sys.stderr)
             return 2

@@ -2,7 +2,7 @@
 # call run_job. Settings come from the environment of sbatch:
 #
 #   MEGATRON_HC_ROOT      the checkout (default: where sbatch was called)
-#   MEGATRON_HC_ENV       a file to source first, such as .venv/bin/activate
+#   MEGATRON_HC_ENV       a file to source first, such as .venv/bin/activate of the checkout
 #   PYTHON                the interpreter (default: python)
 #   PROCESSES_PER_NODE    for torchrun (default: the GPUs of a node, or 1)
 #   MAX_RESTARTS          how often torchrun starts failed processes again within the job (default: 0)
@@ -31,14 +31,41 @@ flag_value() {
   printf '%s' "$value"
 }
 
-# Whether it is given, with its value behind a space or a =, or as --no-...: has_flag --load "$@"
+# Whether it is given, with its value behind a space or a =, as --no-..., or in a file of --yaml-cfg, whose value a flag
+# that is added would undo: has_flag --load "$@"
 has_flag() {
-  local name=$1 word
+  local name=$1 word file key=${1#--}
   shift
   for word in "$@"; do
     case $word in "$name" | "$name"=* | "--no-${name#--}") return 0 ;; esac
   done
+  while read -r file; do
+    grep -Eqs "(^|[{,])[[:space:]]*[\"']?(no[-_])?${key//-/[-_]}[\"']?[[:space:]]*:" -- "$file" && return 0
+  done < <(yaml_files "$@")
   return 1
+}
+
+# The files of --yaml-cfg, one a line: yaml_files "$@"
+yaml_files() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --yaml-cfg) [ $# -lt 2 ] || printf '%s\n' "$2" ;;
+      --yaml-cfg=*) printf '%s\n' "${1#*=}" ;;
+    esac
+    shift
+  done
+}
+
+# End the job if the run would not save at the signal that it will get: any other ends a process at once.
+check_exit_signal() {
+  local file
+  has_flag --exit-signal "$@" || return 0
+  case " $* " in *[\ =]SIGUSR1\ *) return 0 ;; esac
+  while read -r file; do
+    grep -qs SIGUSR1 -- "$file" && return 0
+  done < <(yaml_files "$@")
+  say "--exit-signal must hold SIGUSR1, which Slurm sends before the time limit: add it, or leave --exit-signal out"
+  exit 2
 }
 
 # End the job if the last two restarts have brought nothing. requeue-JOB.txt holds "ITERATION RESTARTS-WITHOUT-PROGRESS".
@@ -69,16 +96,19 @@ tell_step_to_stop() {
 is_running() { scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q 'JobState=RUNNING'; }
 
 run_job() {
-  local launcher=$1 save code=
+  local launcher=$1 root save code=
   shift
   cd "${MEGATRON_HC_ROOT:-$SLURM_SUBMIT_DIR}" || exit 2
+  root=$PWD
   # shellcheck disable=SC1090
   [ -z "${MEGATRON_HC_ENV:-}" ] || . "$MEGATRON_HC_ENV"
+  cd "${SLURM_SUBMIT_DIR:-.}" || exit 2 # what the flags name lies where sbatch was called
   save=$(flag_value --save "$@")
   if [ -z "$save" ]; then
     say "the flags must hold --save FOLDER, on a file system that all nodes share"
     exit 2
   fi
+  check_exit_signal "$@"
   check_progress "$save"
   has_flag --load "$@" || set -- "$@" --load "$save"
   has_flag --verify-checkpoint "$@" || set -- "$@" --verify-checkpoint
@@ -101,9 +131,9 @@ run_job() {
       'trap "" USR1; exec "$PYTHON" -m torch.distributed.run --local-addr "$SLURMD_NODENAME" "$@"' torchrun \
       --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
       --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID" \
-      --max-restarts "${MAX_RESTARTS:-0}" pretrain_gpt.py "$@" &
+      --max-restarts "${MAX_RESTARTS:-0}" "$root/pretrain_gpt.py" "$@" &
   else
-    srun --kill-on-bad-exit=0 "$PYTHON" pretrain_gpt.py "$@" &
+    srun --kill-on-bad-exit=0 "$PYTHON" "$root/pretrain_gpt.py" "$@" &
   fi
   step=$!
   wait "$step"

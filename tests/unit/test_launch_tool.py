@@ -59,6 +59,7 @@ def test_dry_run_prints_the_batch_file_and_the_layout(tool: ModuleType, capsys: 
         (["--sbatch=-Aaccount", "--", *FLAGS, "--save", "x"], "--sbatch=-Aaccount: write the long form"),
         (["--job-name", "a; rm -rf b", "--", *FLAGS, "--save", "x"], "cannot stand in a #SBATCH line"),
         (["--sbatch=--comment=$(id)", "--", *FLAGS, "--save", "x"], "cannot stand in a #SBATCH line"),
+        (["--", *FLAGS, *"--save x --exit-signal-handler --exit-signal SIGTERM".split()], "must hold SIGUSR1"),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -116,6 +117,77 @@ def test_flags_that_the_batch_script_finds(words: str, is_given: bool) -> None:
     """What it does not find it adds, and the last one of two counts."""
     script = f'. "{ROOT}/examples/slurm/job.sh"; has_flag --load {words}'
     assert (subprocess.run(["bash", "-c", script]).returncode == 0) == is_given
+
+
+def run_job(folder: Path, *words: str, **environment: str) -> tuple[int, list[str], str]:
+    """run_job of job.sh in ``folder``, with programs that say what they were called with in the place of Slurm's.
+
+    Its exit code, the arguments of pretrain_gpt.py behind those of the launcher, and what it printed.
+    """
+    programs = {"srun": f'printf \'%s\\n\' "$PWD" "$@" >{folder}/called', "scontrol": "echo node1"}
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "5",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_SUBMIT_DIR": str(folder),
+    }
+    found = subprocess.run(
+        ["bash", "-c", f'. "{ROOT}/examples/slurm/job.sh"; run_job srun "$@"', "job", *words],
+        env=os.environ | job | {"MEGATRON_HC_ROOT": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"} | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    called = (folder / "called").read_text().splitlines() if (folder / "called").exists() else []
+    return found.returncode, called, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize(
+    "yaml, added",
+    [
+        ("lr: 1e-3\n# load: x\n", ["--load", "run", "--verify-checkpoint", "--exit-signal-handler"]),
+        ("checkpoint:\n  load: runs/old\n  'verify-checkpoint' : false\n", ["--exit-signal-handler"]),
+        ("{load: runs/old, no_verify_checkpoint: true, exit_signal_handler: true}", []),
+    ],
+)
+def test_the_batch_script_undoes_nothing_of_a_yaml_file(yaml: str, added: list[str], tmp_path: Path) -> None:
+    """A flag that is added goes before a file: a run that should begin at the file's --load would begin anew."""
+    (tmp_path / "run.yaml").write_text(yaml)
+    for file in (["--yaml-cfg", "run.yaml"], ["--yaml-cfg=run.yaml"]):
+        code, called, out = run_job(tmp_path, *file, "--save", "run")
+        assert code == 0, out
+        assert called[called.index("run") + 1 :] == added
+
+
+def test_a_job_runs_where_it_was_submitted(tmp_path: Path) -> None:
+    """The flags were checked there: a relative folder is another one in the checkout."""
+    code, called, out = run_job(tmp_path, "--save", "run")
+    assert code == 0, out
+    assert called[0] == str(tmp_path) and str(ROOT / "pretrain_gpt.py") in called
+    assert [file.name for file in tmp_path.glob("run*")] == ["run"] and not (ROOT / "run").exists()
+
+
+def test_a_signal_that_the_run_would_die_of_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("exit-signal: [SIGTERM]\n")
+    (tmp_path / "two.yaml").write_text("exit-signal: [SIGTERM, SIGUSR1]\n")
+    for words in ("--exit-signal SIGTERM", "--exit-signal=SIGUSR2 --lr 1", "--yaml-cfg one.yaml"):
+        code, called, out = run_job(tmp_path, "--save", "run", *words.split())
+        assert (code, called) == (2, []) and "--exit-signal must hold SIGUSR1" in out, words
+    for words in ("--exit-signal SIGTERM SIGUSR1", "--exit-signal=SIGUSR1", "--yaml-cfg two.yaml"):
+        assert run_job(tmp_path, "--save", "run", *words.split())[0] == 0, words
+
+
+def test_what_the_batch_script_needs_is_written_into_it(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --sbatch=--export=NAME no variable of ours reaches it: it would start one process on each node."""
+    options = "--dry-run --gpus-per-node 0 --processes-per-node 2 --sbatch=--export=KEY=1 -- --save x"
+    assert tool.main([*options.split(), *FLAGS]) == 0
+    out = capsys.readouterr().out.splitlines()
+    last = max(index for index, line in enumerate(out) if line.startswith("#SBATCH"))
+    export = out.index(f"export MEGATRON_HC_ROOT={ROOT} PROCESSES_PER_NODE=2")
+    assert last < export < out.index('run_job torchrun "$@"')
 
 
 def test_batch_scripts_are_valid_bash() -> None:
