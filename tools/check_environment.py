@@ -75,7 +75,10 @@ def result_of(part: Part) -> dict[str, Any]:
             status, words = "ok", part.probe()
     except Unusable as why:
         status, words = "no", str(why)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    # A package that calls sys.exit, or one in Rust that panics, must not end the table: neither is an Exception.
+    except BaseException as error:
         status, words = "FAILED", str(error) if isinstance(error, ValueError) else first_line(error)
     return {
         "name": part.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_exit_codes(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: py
     assert tool.main(["--json", "-"]) == 1
     rows = json.loads(capfd.readouterr().out)["parts"]
     assert [row["status"] for row in rows] == ["ok", "FAILED"] and rows[1]["details"] == "OSError: libx.so: not found"
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit("no licence"), type("PanicException", (BaseException,), {})("no licence")]
+)
+def test_a_package_that_ends_its_process_is_a_row(
+    tool: ModuleType, error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import environment_probes
+
+    def ends() -> str:
+        raise error
+
+    good, bad = (
+        environment_probes.Part(name, "torch", "1", "x", probe)
+        for name, probe in (("good", lambda: "fine"), ("bad", ends))
+    )
+    monkeypatch.setattr(tool, "PARTS", (bad, good))
+    assert tool.main([]) == 1
+    assert re.search(r"bad +FAILED .*: no licence\ngood +ok .* fine\n", capsys.readouterr().out)
 
 
 def test_a_number_that_is_off_fails(tool: ModuleType) -> None:
