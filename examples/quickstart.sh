@@ -8,7 +8,7 @@
 #
 # Sets up an environment, makes a corpus (the sources of this machine's Python standard library, or your own text),
 # trains a tokenizer, pretrains, writes text, draws the loss. What is there already is used again; an interrupted run
-# goes on. Everything lands in ./quickstart (--output DIR).
+# goes on. Everything lands in quickstart/ beside this folder (--output DIR).
 set -eu
 here="$PWD"
 cd "$(dirname "$0")/.."
@@ -26,7 +26,10 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --input) [ $# -gt 1 ] || usage "--input needs a path"; input="$(from_here "$2")"; shift 2 ;;
     --dataset) [ $# -gt 1 ] || usage "--dataset needs a name or path"; dataset="$(from_here "$2")"; shift 2 ;;
-    --output) [ $# -gt 1 ] || usage "--output needs a folder"; output="$2"; shift 2 ;;
+    --output)
+      [ $# -gt 1 ] && [ -n "$2" ] || usage "--output needs a folder"
+      case "$2" in /*) output="$2" ;; *) [ "$here" = "$PWD" ] && output="$2" || output="$here/$2" ;; esac
+      shift 2 ;;
     --compare)
       compare="plain,hyper"; shift
       case "${1:---}" in --*) ;; *) compare="$1"; shift ;; esac ;;

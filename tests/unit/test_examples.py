@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,19 @@ def test_every_method_has_an_example() -> None:
     assert {model.norm_placement for model in models} >= {"deepnorm", "peri", "hybrid-star"}
     assert any(model.single_layer_value for model in models)
     assert any(model.value_residual != "none" for model in models)
+
+
+def test_the_quick_start_writes_where_its_output_is_named_from(tmp_path: Path) -> None:
+    """As it reads --input: from where the script was started. A stand-in for python does nothing."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho {tmp_path}\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "text.txt").write_text("a text\n")
+    run = subprocess.run(
+        ["bash", str(EXAMPLES / "quickstart.sh"), "--output", "a folder", "--input", "text.txt"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (tmp_path / "a folder" / "source.txt").read_text() == f"{tmp_path}/text.txt\n"
