@@ -10,7 +10,8 @@
 # run_job LAUNCHER FLAGS... runs pretrain_gpt.py on all nodes of the job, with --load and --verify-checkpoint added where
 # they are not given. How it ends (exit codes: docs/operations.md):
 #   0                 finished: the job ends
-#   85                saved because told to stop (time limit, preemption): the job goes back into the queue
+#   85                saved because told to stop (time limit, preemption): the job goes back into the queue, as it does
+#                     where the signal came while the processes were being loaded, and ended them
 #   anything else     the job ends with that code
 # A node that fails makes Slurm itself put the job back (--requeue). Two restarts in a row that find no newer checkpoint
 # end the job: something stops it before it can save.
@@ -88,6 +89,7 @@ check_progress() {
 
 # Batch scripts get the signals first (#SBATCH --signal=B:USR1@...): hand them on to every process of the step.
 tell_step_to_stop() {
+  told=yes
   say "told to stop: the run saves and ends"
   kill -USR1 "$step" 2>/dev/null
 }
@@ -96,7 +98,7 @@ tell_step_to_stop() {
 is_running() { scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -q 'JobState=RUNNING'; }
 
 run_job() {
-  local launcher=$1 root save code=
+  local launcher=$1 root save code='' told='' how=saved
   shift
   cd "${MEGATRON_HC_ROOT:-$SLURM_SUBMIT_DIR}" || exit 2
   root=$PWD
@@ -147,6 +149,11 @@ run_job() {
   [ ! -s "$MEGATRON_HC_EXIT_CODE_FILE" ] || code=$(cat "$MEGATRON_HC_EXIT_CODE_FILE")
   rm -f "$MEGATRON_HC_EXIT_CODE_FILE"
 
+  case $told$code in yes138 | yes143) # by the signal itself: nothing listened to it yet
+    how="ended before it could train"
+    code=85
+    ;;
+  esac
   case $code in
     0)
       rm -f "$save/requeue-$SLURM_JOB_ID.txt"
@@ -154,9 +161,10 @@ run_job() {
       ;;
     85)
       if ! is_running; then
-        say "saved; Slurm is ending this job (cancelled?), so it stays out of the queue: submit it again to go on"
+        say "$how; Slurm is ending this job. If it was cancelled, it stays out of the queue: submit it again to go on." \
+          "If it was preempted or requeued, Slurm starts it again"
       else
-        say "saved; back into the queue" # said first: Slurm may end this script at once
+        say "$how; back into the queue" # said first: Slurm may end this script at once
         if scontrol requeue "$SLURM_JOB_ID"; then
           sleep 300
         else

@@ -119,13 +119,13 @@ def test_flags_that_the_batch_script_finds(words: str, is_given: bool) -> None:
     assert (subprocess.run(["bash", "-c", script]).returncode == 0) == is_given
 
 
-def run_job(folder: Path, *words: str, **environment: str) -> tuple[int, list[str], str]:
-    """run_job of job.sh in ``folder``, with programs that say what they were called with in the place of Slurm's.
+def run_job(folder: Path, *words: str, **programs: str) -> tuple[int, list[str], str]:
+    """run_job of job.sh in ``folder``, with ``programs`` (name -> lines of bash) in the place of Slurm's.
 
     Its exit code, the arguments of pretrain_gpt.py behind those of the launcher, and what it printed.
     """
-    programs = {"srun": f'printf \'%s\\n\' "$PWD" "$@" >{folder}/called', "scontrol": "echo node1"}
-    for name, body in programs.items():
+    called = f'printf \'%s\\n\' "$PWD" "$@" >{folder}/called'
+    for name, body in ({"srun": called, "scontrol": "echo node1"} | programs).items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
     job = {
@@ -136,13 +136,13 @@ def run_job(folder: Path, *words: str, **environment: str) -> tuple[int, list[st
     }
     found = subprocess.run(
         ["bash", "-c", f'. "{ROOT}/examples/slurm/job.sh"; run_job srun "$@"', "job", *words],
-        env=os.environ | job | {"MEGATRON_HC_ROOT": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"} | environment,
+        env=os.environ | job | {"MEGATRON_HC_ROOT": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    called = (folder / "called").read_text().splitlines() if (folder / "called").exists() else []
-    return found.returncode, called, found.stdout + found.stderr
+    words_seen = (folder / "called").read_text().splitlines() if (folder / "called").exists() else []
+    return found.returncode, words_seen, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,16 @@ def test_a_signal_that_the_run_would_die_of_is_refused(tmp_path: Path) -> None:
         assert (code, called) == (2, []) and "--exit-signal must hold SIGUSR1" in out, words
     for words in ("--exit-signal SIGTERM SIGUSR1", "--exit-signal=SIGUSR1", "--yaml-cfg two.yaml"):
         assert run_job(tmp_path, "--save", "run", *words.split())[0] == 0, words
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_job_told_to_stop_while_it_loads_goes_back_into_the_queue(is_told: bool, tmp_path: Path) -> None:
+    """Python ends by a signal that it has no handler for yet: without the signal, such an end is the job's."""
+    srun = "kill -USR1 $PPID; exec /bin/sleep 60" if is_told else "kill -USR1 $$"
+    scontrol = "echo JobState=RUNNING; [ $1 != requeue ] || touch requeued"
+    code, _, out = run_job(tmp_path, "--save", "run", srun=srun, scontrol=scontrol, sleep="exit 0")
+    assert code == (85 if is_told else 138), out
+    assert (tmp_path / "requeued").exists() == is_told == ("back into the queue" in out)
 
 
 def test_what_the_batch_script_needs_is_written_into_it(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
