@@ -92,7 +92,8 @@ echo "== 3/5  dataset"
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$output/tokenizer.model" --append-eod --workers 2
 
 prompt="def "
-[ "$source_of_text" = "standard library" ] || prompt="The "
+# Words begin with their space: a model that has never seen one alone would write nothing after "The ".
+[ "$source_of_text" = "standard library" ] || prompt="The"
 
 pretrain() { # FOLDER FLAGS: one run
   local folder="$1"

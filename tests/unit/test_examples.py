@@ -36,9 +36,10 @@ def test_every_method_has_an_example() -> None:
     assert any(model.value_residual != "none" for model in models)
 
 
-def test_the_quick_start_writes_where_its_output_is_named_from(tmp_path: Path) -> None:
-    """As it reads --input: from where the script was started. A stand-in for python does nothing."""
-    (tmp_path / "python").write_text(f"#!/bin/sh\necho {tmp_path}\n")
+def test_the_quick_start_with_a_text_of_ones_own(tmp_path: Path) -> None:
+    """--output is, as --input, as seen from where the script was started; a prompt's last word is whole, without the
+    space that begins the next. A stand-in for python notes its arguments."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho \"$*\" >>'{tmp_path}/called'\necho {tmp_path}\n")
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "text.txt").write_text("a text\n")
     run = subprocess.run(
@@ -50,3 +51,4 @@ def test_the_quick_start_writes_where_its_output_is_named_from(tmp_path: Path) -
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert (tmp_path / "a folder" / "source.txt").read_text() == f"{tmp_path}/text.txt\n"
+    assert "--prompt The --max-new-tokens" in (tmp_path / "called").read_text()
