@@ -81,6 +81,11 @@ class DataConfig:
                 self.tokenizer_model is not None, f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model"
             )
         require(
+            self.tokenizer_model is None or self.tokenizer_type not in ("ByteTokenizer", "NullTokenizer"),
+            f"--tokenizer-model ({self.tokenizer_model}) is not read with --tokenizer-type {self.tokenizer_type}: "
+            "leave it out, or give the type of that file",
+        )
+        require(
             self.tiktoken_pattern is None or self.tokenizer_type == "TikTokenizer",
             f"--tiktoken-pattern needs --tokenizer-type TikTokenizer, not {self.tokenizer_type}",
         )

@@ -167,7 +167,17 @@ def _model(options: _Options) -> str:
     return options.tokenizer_model
 
 
+def _without_model(options: _Options) -> None:
+    """A file that is named is meant to be read: the type beside it is the wrong one."""
+    if options.tokenizer_model is not None:
+        raise ValueError(
+            f"--tokenizer-model ({options.tokenizer_model}) is not read with --tokenizer-type "
+            f"{options.tokenizer_type}: leave it out, or give the type of that file"
+        )
+
+
 def _byte(options: _Options) -> Tokenizer:
+    _without_model(options)
     if options.vocab_size is not None:
         raise ValueError(
             f"--vocab-size ({options.vocab_size}) does not go with --tokenizer-type ByteTokenizer, which has "
@@ -177,6 +187,7 @@ def _byte(options: _Options) -> Tokenizer:
 
 
 def _null(options: _Options) -> Tokenizer:
+    _without_model(options)
     if options.vocab_size is None or options.vocab_size < 1:
         raise ValueError(f"--tokenizer-type NullTokenizer needs a positive --vocab-size, not {options.vocab_size}")
     return NullTokenizer(options.vocab_size)

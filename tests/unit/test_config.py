@@ -219,6 +219,7 @@ REFUSED = [
         "",
         "--tiktoken-num-special-tokens (2000) needs --tokenizer-type TikTokenizer, not ",
     ),
+    ("--tokenizer-model spm.model", "", "--tokenizer-model (spm.model) is not read with --tokenizer-type "),
     ("--lr-decay-iters 0", "", "--lr-decay-iters must be positive, not 0"),
     ("--lr-warmup-iters -1", "", "--lr-warmup-iters must not be negative, not -1"),
     ("--weight-decay -1", "", "--weight-decay must not be negative, not -1.0"),

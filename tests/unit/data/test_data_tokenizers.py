@@ -344,6 +344,9 @@ def test_flags_are_refused() -> None:
     for kind in ("HuggingFaceTokenizer", "TikTokenizer"):
         with pytest.raises(ValueError, match=f"{kind} needs --tokenizer-model"):
             build_tokenizer(kind)
+    for kind in ("ByteTokenizer", "NullTokenizer"):
+        with pytest.raises(ValueError, match=rf"--tokenizer-model \(x\) is not read with --tokenizer-type {kind}"):
+            build_tokenizer(kind, "x", None if kind == "ByteTokenizer" else 8)
     with pytest.raises(ValueError, match="--tiktoken-pattern needs --tokenizer-type TikTokenizer"):
         DataConfig(tokenizer_type="ByteTokenizer", mock_data=True, tiktoken_pattern="v1").validate()
     with pytest.raises(ValueError, match=r"--tiktoken-num-special-tokens \(3\) must be at least 7"):
