@@ -66,12 +66,14 @@ def variance(x: Tensor) -> float:
     return sum(float(((flat[:, c] - flat[:, c].mean()) ** 2).mean()) for c in range(flat.shape[1])) / flat.shape[1]
 
 
-@pytest.mark.parametrize("method", ["plain", "hyper", "mhc", "frac", "attention", "laurel"])
+@pytest.mark.parametrize("method", ["plain", "hyper", "mhc", "frac", "virtual-width", "attention", "laurel"])
 def test_signal_of_every_sublayer(method: str) -> None:
     model = randomise(build(small_config({"residual_connection": method}))).eval()
     stats = measured(model, tokens := random_tokens())
     carries, outputs, _ = walk(model, tokens)
     states = [carry.stream.flatten(2) if method == "frac" else carry.stream.mean(2) for carry in carries]
+    if method == "virtual-width":  # streams 0 and 2 are of the first half of the hidden vector, 1 and 3 of the second
+        states = [(carry.stream[:, :, :2] + carry.stream[:, :, 2:]).flatten(2) / 2 for carry in carries]
     if method == "attention":
         states = [sum(source.squeeze(2) for source in (*carry.history, carry.stream)) for carry in carries]
     means = [float((state.flatten(0, 1).mean(0) ** 2).mean()) for state in states]

@@ -18,6 +18,7 @@ from cases import (
     FORMS,
     Case,
     all_combinations,
+    cases,
     combined,
     every_case,
     is_allowed,
@@ -49,6 +50,7 @@ from megatron_hc.residual import (
     RESIDUALS,
     VALUE_RESIDUALS,
     Carry,
+    LinearMix,
     Mix,
     Norm,
     Reads,
@@ -84,12 +86,43 @@ def test_outputs_and_gradients_equal_the_reference(case: Case) -> None:
     assert_equals_reference(randomise(build(case.config())))
 
 
+@pytest.mark.parametrize(
+    ("method", "residual"),
+    [
+        ("hyper", {"residual_streams": 8}),
+        ("mhc", {"residual_streams": 8, "mhc_sinkhorn_iterations": 2}),
+        ("gated", {}),
+        ("deep-delta", {}),
+    ],
+)
+def test_layernorm_and_many_streams(method: str, residual: dict[str, int]) -> None:
+    """--normalization is of sublayers and hyper-connections; the norms of other methods' weights are RMSNorm."""
+    residual = {"residual_connection": method, **residual}
+    assert_equals_reference(randomise(build(small_config(residual, normalization="LayerNorm"))))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in all_combinations()])
 def test_every_combination_equals_the_reference(case: Case) -> None:
     test_outputs_and_gradients_equal_the_reference(case)
     test_three_stages_equal_one(case, "fp32")
     test_cached_decoding_equals_the_full_forward(case)
+
+
+FUSED = [case for case in cases() if issubclass(RESIDUALS[case.residual["residual_connection"]], LinearMix)]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in FUSED])
+def test_what_runs_in_fp32_equals_the_plain_form(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float64 goes as fp32 does, through the fused boundary or around it, every form has the same numbers."""
+    model, tokens = randomise(build(case.config(norm_epsilon=0.01))), random_tokens()
+    expected, expected_grads = gradients(model, tokens)
+    monkeypatch.setattr(LinearMix, "is_fused", lambda self, stream: True)
+    loss, grads = gradients(model, tokens)
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=0)
+    scale = max(float(grad.abs().max()) for grad in expected_grads.values())
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-9, atol=1e-11 * scale, msg=name)
 
 
 @every_case()
@@ -277,6 +310,28 @@ def test_three_stages_equal_one(case: Case, precision: str) -> None:
 
 
 @every_case()
+def test_a_name_at_two_boundaries_is_one_tensor(case: Case) -> None:
+    """What a pipeline process has from an earlier stage of its own it keeps by its name, and is not sent again."""
+    model, tokens, positions = randomise(build(case.config(), "fp32")), random_tokens(), torch.arange(8).unsqueeze(0)
+    context, carry = model.context(positions, None), model.open(tokens, positions)
+    held: dict[str, Tensor] = {}
+    for index, layer in enumerate(model.stage_layers()):
+        carry = layer.attention_residual.settle(carry)
+        named = zip(carry_boundary(layer.attention_residual, index), flatten(carry), strict=True)
+        names = {id(tensor): name for name, tensor in held.items()}
+        here = {}
+        for spec, tensor in named:
+            assert spec.name == names.get(id(tensor), spec.name), f"{spec} is {names[id(tensor)]}"
+            if spec.name:
+                assert spec.name not in here and held.get(spec.name, tensor) is tensor, spec
+                here[spec.name] = tensor
+            else:
+                assert spec.kind != "history", f"{spec} passes through"
+        held |= here
+        carry = layer(carry, context)
+
+
+@every_case()
 def test_cached_decoding_equals_the_full_forward(case: Case) -> None:
     model, tokens = randomise(build(case.config())).eval(), random_tokens()
     with torch.no_grad():
@@ -382,6 +437,100 @@ def test_initial_values_are_the_same_in_every_build(case: Case) -> None:
     other = build(case.config(), "fp32", seed=2).state_dict()
     name = "layers.0.mlp.linear_fc1.weight"
     assert not other[name].equal(whole[name])
+
+
+def logits_of(shares: list[float]) -> list[float]:
+    return [math.log(share / (1 - share)) for share in shares]
+
+
+def low_start(rank: int) -> Tensor:
+    """LAuReL's A: column c has 1 / sqrt(r C) in row c mod r."""
+    return torch.tensor([[[(c % rank == i) / math.sqrt(rank * 16) for c in range(16)] for i in range(rank)]])
+
+
+ONE, ZERO, EYE, OWN = torch.ones(()), torch.zeros(()), torch.eye(4), torch.tensor([-1.0, -1, -1, 1])
+MHC_MATRIX = (-8 * (1 - EYE)).flatten().tolist()
+STARTS: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
+    # fields of ResidualConfig, parameters of sublayer 3 (the MLP of layer 1) at the start; width 16
+    (
+        {"residual_connection": "hyper"},
+        {
+            "static_read": EYE[:, 3:],
+            "static_keep": EYE,
+            "static_write": ONE,
+            "dynamic_weight": ZERO,
+            "scale_alpha": 0.01 * ONE,
+            "scale_beta": 0.01 * ONE,
+        },
+    ),
+    ({"residual_connection": "hyper", "residual_streams": 3}, {"static_read": torch.eye(3)[:, :1]}),
+    (
+        {"residual_connection": "frac"},
+        {"static_read": EYE, "static_write": ONE, "scale_alpha": 0.01 * ONE, "norm_weight": ONE},
+    ),
+    (
+        {"residual_connection": "mhc"},
+        {
+            "bias": torch.tensor([*logits_of([0.1, 0.1, 0.1, 0.7]), *[0.0] * 4, *MHC_MATRIX]),
+            "alpha": 0.01 * ONE,
+            "projection": ZERO,
+        },
+    ),
+    (
+        {"residual_connection": "mhc", "mhc_single_pass": True, "mhc_init_gating_factor": 0.2},
+        {
+            "bias": torch.tensor([*logits_of([0.7, 0.1, 0.1, 0.1]), *[0.0] * 4, *MHC_MATRIX]),
+            "alpha": 0.2 * ONE,
+            "projection": ZERO,
+        },
+    ),
+    (
+        {"residual_connection": "mhc-lite"},
+        {"bias": torch.cat([OWN, OWN, torch.tensor([0.0, *[-8.0] * 23])]), "alpha": 0.01 * ONE, "projection": ZERO},
+    ),
+    (
+        {"residual_connection": "kromhc"},
+        {"bias": torch.cat([OWN, OWN, torch.tensor([0.0, -8, 0, -8])]), "alpha": 0.01 * ONE, "projection": ZERO},
+    ),
+    (
+        {"residual_connection": "virtual-width"},
+        {
+            "static_read": torch.eye(4, 2),
+            "static_keep": EYE,
+            "static_write": torch.eye(2).repeat(1, 2),
+            "dynamic_weight": ZERO,
+            "scale_alpha": ONE,
+            "scale_beta": ONE,
+            "norm_weight": ONE,
+        },
+    ),
+    ({"residual_connection": "attention"}, {"query": ZERO, "key_norm_weight": ONE}),
+    ({"residual_connection": "rezero"}, {"weight": ZERO}),
+    ({"residual_connection": "laurel", "laurel_rank": 5}, {"low": low_start(5), "high": ZERO}),
+    (
+        {"residual_connection": "laurel", "laurel_form": "rw-lr-pa", "laurel_rank": 3},
+        {"weights": ZERO, "gammas": ONE, "low": low_start(3), "high": ZERO},
+    ),
+    ({"residual_connection": "laurel", "laurel_form": "rw-pa"}, {"weights": ZERO, "gammas": ZERO}),
+    ({"residual_connection": "sparse-aggregation"}, {"weights": torch.tensor([1.0, 0, 0])}),
+    ({"residual_connection": "deep-delta"}, {"projection": ZERO, "bias": torch.tensor([0.0, 2])}),
+]
+
+
+@pytest.mark.parametrize(("residual", "starts"), STARTS, ids=lambda value: "-".join(map(str, value.values())))
+def test_parameters_start_as_published(residual: dict[str, Any], starts: dict[str, Tensor]) -> None:
+    """Most of these change nothing in the first forward pass: streams are copies, and norms take factors away."""
+    found = dict(build(small_config(residual), "fp32").stage_layers()[1].mlp_residual.named_parameters())
+    for name, start in starts.items():
+        torch.testing.assert_close(found[name].detach(), start.expand_as(found[name]), msg=name)
+
+
+def test_the_wide_matrices_have_the_standard_deviation_of_the_others() -> None:
+    residual = {"residual_connection": "virtual-width"}
+    model = build(small_config(residual, hidden_size=64, init_method_std=0.05), "fp32")
+    for matrix in (model.entry_residual.expand, model.final_residual.reduce):
+        assert abs(matrix.std().item() / 0.05 - 1) < 0.05
+    assert model.final_residual.group_weight.eq(1).all() and model.final_residual.group_bias.eq(0).all()
 
 
 def added_parameters(residual: dict[str, object], **shape: object) -> int:
