@@ -287,6 +287,186 @@ REFUSED = [
     ("--profile-step-start 3", "", "--profile-step-start needs --profile"),
     ("--wandb-exp-name x", "", "--wandb-exp-name needs --wandb-project"),
     ("--wandb-save-dir x", "", "--wandb-save-dir needs --wandb-project"),
+    # numbers that must be positive
+    *(
+        (f"{others} {name} 0", "", f"{name} must be positive, not 0")
+        for others, names in (
+            ("", "--tensor-model-parallel-size --pipeline-model-parallel-size --distributed-timeout-minutes"),
+            ("", "--num-distributed-optimizer-instances --global-batch-size --log-residual-stats"),
+            ("--group-query-attention", "--num-query-groups"),
+            ("--residual-connection virtual-width", "--virtual-width-fractions"),
+            ("--residual-connection denseformer", "--denseformer-dilation"),
+            ("--residual-connection laurel", "--laurel-rank"),
+            ("--residual-connection mhc", "--mhc-init-gating-factor"),
+            ("--residual-scale completep", "--base-num-layers"),
+            ("--eval-harness-tasks x", "--eval-harness-interval --eval-harness-batch-size"),
+            ("--check-for-spiky-loss", "--spiky-loss-factor"),
+            ("--save x --save-interval 2", "--save-retain-interval"),
+            ("--profile --profile-step-start 0", "--profile-step-end"),
+            ("", "--num-experts"),
+            ("--num-experts 4", "--expert-model-parallel-size --expert-tensor-parallel-size --moe-layer-freq"),
+            ("--num-experts 4", "--moe-ffn-hidden-size --moe-router-topk --moe-router-topk-scaling-factor"),
+            ("--num-experts 4", "--moe-expert-capacity-factor --moe-shared-expert-intermediate-size"),
+            ("--num-experts 4 --moe-router-group-topk 1", "--moe-router-num-groups"),
+            ("--num-experts 4 --moe-router-num-groups 2", "--moe-router-group-topk"),
+        )
+        for name in names.split()
+    ),
+    ("--train-samples 0", "--train-iters 10", "--train-samples must be positive, not 0"),
+    ("--train-samples 8 --lr-decay-samples 0", "--train-iters 10", "--lr-decay-samples must be positive, not 0"),
+    # what does not go together
+    *((f"--openai-gelu {other}", "", "--openai-gelu is about GELU") for other in ("--swiglu", "--squared-relu")),
+    ("--rmsnorm-bias", "", "--rmsnorm-bias needs --normalization RMSNorm, not LayerNorm"),
+    (
+        "--normalization RMSNorm --rmsnorm-bias --residual-connection muddformer",
+        "",
+        "--residual-connection muddformer norms its reads itself, without the bias of --rmsnorm-bias: leave it out",
+    ),
+    ("--num-experts 4 --norm-placement normformer", "", "--norm-placement normformer and --num-experts exclude each"),
+    (
+        "--attention-backend flash --attention-softmax-in-fp32",
+        "",
+        "--attention-backend flash and --attention-softmax-in-fp32 exclude each other",
+    ),
+    ("--qk-layernorm-across-heads", "", "--qk-layernorm-across-heads needs --qk-layernorm"),
+    (
+        "--residual-connection gated --hidden-size 4 --kv-channels 2",
+        "--hidden-size 64",
+        "--hidden-size (4) is too small for gates of rank d / 8: set --gated-residual-rank",
+    ),
+    (
+        "--no-fused-residual --fused-residual-backend torch",
+        "",
+        "--fused-residual-backend torch and --no-fused-residual exclude each other",
+    ),
+    (
+        "--tensor-model-parallel-size 2 --num-attention-heads 6 --hidden-size 96 --group-query-attention "
+        "--num-query-groups 3",
+        "",
+        "--tensor-model-parallel-size (2) must divide --num-query-groups (3) or be a multiple of it",
+    ),
+    (
+        "--tensor-model-parallel-size 2 --group-query-attention --qk-layernorm --qk-layernorm-across-heads",
+        "",
+        "--tensor-model-parallel-size (2) must divide --num-query-groups (1) with --qk-layernorm-across-heads",
+    ),
+    (
+        "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33",
+        "",
+        "--tensor-model-parallel-size (2) must divide --seq-length (33) with --sequence-parallel",
+    ),
+    ("--tiktoken-pattern v2", "", "--tiktoken-pattern needs --tokenizer-type TikTokenizer, not ByteTokenizer"),
+    (
+        "--tokenizer-type TikTokenizer --tokenizer-model x --tiktoken-num-special-tokens 6",
+        "",
+        "--tiktoken-num-special-tokens (6) must be at least 7",
+    ),
+    ("--eval-harness-tasks x --eval-harness-num-fewshot -1", "", "--eval-harness-num-fewshot must not be negative"),
+    ("--exit-signal-handler", "", "--exit-signal-handler needs --save"),
+    ("--spiky-loss-factor 3", "", "--spiky-loss-factor needs --check-for-spiky-loss"),
+    ("--iterations-to-skip 3 0", "", "--iterations-to-skip (3 0) counts iterations from 1"),
+    ("--async-save", "", "--async-save needs --save"),
+    (
+        "--profile --profile-step-start 3 --profile-step-end 3",
+        "",
+        "--profile-step-start (3) must be less than --profile-step-end (3), and not negative",
+    ),
+    ("--profile --profile-step-start -1", "", "--profile-step-start (-1) must be less than --profile-step-end (12)"),
+    ("--profile --profile-dir x", "", "--profile-dir needs --use-pytorch-profiler"),
+    # experts
+    *((f"--num-experts 4 --moe-input-jitter-eps {eps}", "", "must be between 0 and 1, not") for eps in (0, 1)),
+    *(
+        (
+            f"--num-experts 4 --moe-router-pre-softmax {other}",
+            "",
+            "--moe-router-pre-softmax needs --moe-router-score-function softmax and no sinkhorn balancing",
+        )
+        for other in ("--moe-router-score-function sigmoid", "--moe-router-load-balancing-type sinkhorn")
+    ),
+    (
+        "--num-experts 4 --moe-router-bias-update-rate 0.1",
+        "",
+        "--moe-router-bias-update-rate (0.1) needs --moe-router-enable-expert-bias",
+    ),
+    *(
+        (f"--num-experts 4 --moe-router-num-groups 2 --moe-router-group-topk {topk} --moe-router-topk 3", "", message)
+        for topk, message in (
+            (3, "--moe-router-group-topk (3) must be at most --moe-router-num-groups (2) and divide"),
+            (2, "--moe-router-group-topk (2) must be at most --moe-router-num-groups (2) and divide"),
+            (1, "--moe-router-topk (3) from --moe-router-group-topk (1) groups is more than their 2 experts each"),
+        )
+    ),
+    (
+        "--num-experts 4 --moe-router-load-balancing-type sinkhorn --moe-router-num-groups 2 --moe-router-group-topk 1",
+        "",
+        "--moe-router-num-groups does not go with sinkhorn balancing",
+    ),
+    *(
+        (
+            f"--num-experts 4 --moe-router-load-balancing-type {kinds} --moe-aux-loss-coeff 0 0.1",
+            "",
+            f"--moe-router-load-balancing-type ({kinds}) must be several different losses, or one word",
+        )
+        for kinds in ("aux_loss aux_loss", "none aux_loss", "sinkhorn aux_loss")
+    ),
+    *(
+        (f"--num-experts 4 {option} -1", "", "coefficients and rates of the router must not be negative, not -1.0")
+        for option in (
+            "--moe-aux-loss-coeff",
+            "--moe-z-loss-coeff",
+            "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate",
+        )
+    ),
+    *(
+        (f"--num-experts 4 {option}", "", "need --moe-expert-capacity-factor")
+        for option in ("--moe-pad-expert-input-to-capacity", "--moe-token-drop-policy position")
+    ),
+    (
+        "--num-experts 4 --moe-shared-expert-gate",
+        "",
+        "--moe-shared-expert-gate needs --moe-shared-expert-intermediate-size",
+    ),
+    ("--num-experts 4 --moe-router-topk 1", "", "--moe-router-topk 1 with a softmax over that one expert is always 1"),
+    # back ends
+    *(
+        (
+            f"{option} --pipeline-model-parallel-size 2 --pipeline-schedule zbv --bf16 --device cuda",
+            "",
+            f"{option.split(' --fp8-recipe')[0].removeprefix('--fp8-format e4m3 ')} and --pipeline-schedule zbv "
+            "exclude each other",
+        )
+        for option in (
+            "--transformer-impl transformer_engine",
+            "--gradient-accumulation-fusion",
+            "--fp8-format e4m3 --fp8-backend torchao --fp8-recipe tensorwise",
+        )
+    ),
+    (
+        "--transformer-impl transformer_engine --device cuda --context-parallel-size 2",
+        "",
+        "--transformer-impl transformer_engine and --context-parallel-size (2) exclude each other",
+    ),
+    (
+        "--gradient-accumulation-fusion --bf16 --device cuda --data-parallel-sharding-strategy optim_grads_params",
+        "",
+        "--gradient-accumulation-fusion and --data-parallel-sharding-strategy optim_grads_params exclude each other",
+    ),
+    *(
+        (f"--norm-impl apex --device cuda {flags}", "", message)
+        for flags, message in (
+            ("--normalization RMSNorm --rmsnorm-bias", "--norm-impl apex has no --rmsnorm-bias"),
+            ("--disable-bias-layernorm", "--norm-impl apex has no --disable-bias-layernorm"),
+            (
+                "--norm-placement normformer --tensor-model-parallel-size 2",
+                "--norm-impl apex cannot share a norm among --tensor-model-parallel-size (2) processes, as "
+                "--norm-placement normformer would",
+            ),
+            (
+                "--qk-layernorm --qk-layernorm-across-heads --tensor-model-parallel-size 2",
+                "processes, as --qk-layernorm-across-heads would",
+            ),
+        )
+    ),
 ]
 
 
@@ -318,6 +498,31 @@ def test_refused_in_one_sentence(extra: str, without: str, message: str) -> None
         ("--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1", ""),
         ("--save x --save-interval 4 --save-retain-interval 8 --load x --ckpt-step 0", ""),
         ("--eval-iters 0 --eval-interval 0 --clip-grad 0", ""),
+        # at the bounds
+        ("--train-samples 4", "--train-iters 10"),
+        ("--seed 4294967295 --norm-epsilon 0 --attention-dropout 0 --hidden-dropout 0.99", ""),
+        ("--min-lr 1e-3 --weight-decay 0 --adam-beta1 0 --lr-warmup-init 1e-3 --lr-warmup-iters 9", ""),
+        ("--profile --profile-step-start 0 --profile-step-end 1 --profile-ranks 0 1", ""),
+        ("--eval-harness-tasks x --eval-harness-num-fewshot 0", ""),
+        ("--tokenizer-type TikTokenizer --tokenizer-model x --tiktoken-num-special-tokens 7", ""),
+        ("--recompute-granularity selective --recompute-modules residual --residual-recompute-interval 8", ""),
+        ("--recompute-granularity selective --recompute-modules residual --residual-recompute-interval 1", ""),
+        ("--value-residual sparse --value-residual-layers 3", ""),
+        ("--residual-connection laurel --laurel-rank 64", ""),
+        ("--residual-connection laurel --laurel-form pa --laurel-previous 1", ""),
+        ("--residual-connection mhc --residual-streams 2 --mhc-init-gating-factor 2", ""),
+        ("--residual-connection mhc-lite --residual-streams 5", ""),
+        ("--residual-connection virtual-width --residual-streams 2", ""),
+        ("--residual-connection gated --hidden-size 8 --kv-channels 2", ""),
+        ("--residual-connection denseformer --denseformer-period 4", ""),
+        ("--residual-connection hyper --residual-streams 8 --fused-residual-backend cpp", ""),
+        ("--residual-connection plain --residual-streams 4 --fused-residual-backend cpp", ""),
+        ("--num-experts 4 --moe-router-topk 4 --moe-router-load-balancing-type none", ""),
+        ("--num-experts 4 --moe-router-topk 4 --moe-router-num-groups 2 --moe-router-group-topk 2", ""),
+        ("--num-experts 4 --moe-router-topk 1 --moe-router-score-function sigmoid", ""),
+        ("--num-experts 4 --moe-router-topk 1 --moe-router-load-balancing-type sinkhorn", ""),
+        ("--norm-impl apex --device cuda --norm-placement normformer", ""),
+        ("--bf16 --device cuda --num-experts 2 --transformer-impl transformer_engine", ""),
     ],
 )
 def test_accepted(extra: str, without: str) -> None:
