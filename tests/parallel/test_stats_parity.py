@@ -43,6 +43,14 @@ def test_data_parallel_ranks(pool: Pool, strategy: str) -> None:
     assert set(first[0]) == set(one.stats[0])
 
 
+def test_parameters_that_are_still_being_gathered(pool: Pool) -> None:
+    """--overlap-param-gather: the statistics are of the step's new weights, also those that no layer waits for."""
+    model = "--num-layers 3 --residual-connection hyper --value-residual learnable"
+    cells = (Cell(model, "", f"{STATS} {more}", world_size=2, num_steps=2) for more in ("", "--overlap-param-gather"))
+    expected, found = (pool.run(run_cell, cell)[0].stats for cell in cells)
+    assert len(found) == 1 and found == expected
+
+
 def test_measuring_changes_nothing(pool: Pool) -> None:
     """The same losses, bit for bit; what a step left out of its samples is measured nevertheless."""
     model = "--num-layers 3 --residual-connection hyper --stochastic-depth 0.5 --layerdrop 0.9"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import Case, main_cases
 from helpers import VOCAB, build, randomise, small_config
 
@@ -15,6 +17,7 @@ from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, 
 from megatron_hc.inference import Decoder, Engine, Request, TextWriter
 from megatron_hc.inference import engine as engine_module
 from megatron_hc.inference.engine import Generation
+from megatron_hc.inference.service import Events, follow
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.generate import Sampling, _draw, choose, generate, largest
 from megatron_hc.model.gpt import GPT
@@ -122,6 +125,36 @@ def test_where_tokens_begin_in_the_text_beside_stop_strings() -> None:
     for token in "xabaé!?".encode():
         text.take(token, 256)
     assert (text.text, text.finish, text.text_at) == ("xabaé", "stop", [0, 1, 2, 3, 4, 4, 5, 6])
+
+
+def test_a_stop_string_in_the_last_token() -> None:
+    """It ends with the first byte of a character that will not come: its text is known at the end alone."""
+
+    class Pieces(ByteTokenizer):
+        def detokenize(self, ids: Iterable[int]) -> str:
+            return b"".join((b"ab ", b"!\xe2")[token] for token in ids).decode(errors="replace")
+
+    for stop, text, finish in ((("!",), "ab ", "stop"), ((), "ab !\ufffd", "length")):
+        found = Generation(Request(prompt=(0,), max_new_tokens=2, stop=stop), TextWriter(Pieces(), (0,), stop))
+        for token in (0, 1):
+            found.take(token, 256)
+        assert (found.text, found.finish) == (text, finish)
+
+
+def test_other_processes_follow_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that come together and later, of which some are given up: running, waiting, ended and beside new ones."""
+    wanted = [Request(prompt=(1 + index,), max_new_tokens=number) for index, number in enumerate((9, 6, 9, 1, 5, 8))]
+    turns = [
+        Events(wanted[:2], [], False), Events(wanted[2:4], [1], False), Events([], [], False),
+        Events(wanted[4:], [5], False), Events([], [3], False), *[Events([], [], False)] * 8, Events([], [], True),
+    ]  # fmt: skip
+    engine, coming, texts = engine_of(small_config(max_position_embeddings=40), rows=3), iter(turns), []
+    add = engine.add
+    monkeypatch.setattr(engine, "add", lambda request: texts.append(add(request)) or texts[-1])
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda found, **_: found.__setitem__(0, next(coming)))
+    follow(engine)
+    assert engine.is_idle and [text.request for text in texts] == wanted
+    assert [text.finish == "cancelled" for text in texts] == [False, True, False, False, False, True]
 
 
 def test_what_cannot_be_written_is_refused() -> None:
