@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import VOCAB, build, gradients, random_tokens, randomise, small_con
 from torch import Tensor
 
 from megatron_hc.kernels import boundary_blocks
+from megatron_hc.kernels.boundary import check_backend
 from megatron_hc.residual.base import LinearMix
 
 FORMS = [
@@ -157,12 +159,17 @@ def test_registered_as_torch_expects(form: dict, has_output: bool) -> None:
         torch.library.opcheck(torch.ops.megatron_hc.fold.default, (tensors[0], *written, "auto", form_of.kind))
 
 
-def test_a_pipeline_stage_changes_no_bit() -> None:
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_pipeline_stage_changes_no_bit(backend: Literal["torch", "cpp"]) -> None:
     """A carry that is settled and read as a stage's first one: the same numbers and gradients as one that is not."""
+    try:
+        check_backend(backend, torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error)[:200])
     for dtype, form in itertools.product((torch.float32, torch.bfloat16), (FORMS[0], FORMS[4], FORMS[6])):
-        found = []
+        found, precision = [], "bf16" if dtype == torch.bfloat16 else "fp32"
         for settles in (False, True):
-            model = randomise(build(small_config(form), "bf16" if dtype == torch.bfloat16 else "fp32"))
+            model = randomise(build(small_config(form, fused_residual_backend=backend), precision))
             hidden = torch.randn(8, 2, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
             context = model.context(torch.arange(8).unsqueeze(0), None)
             carry = model.entry_residual.open(hidden)

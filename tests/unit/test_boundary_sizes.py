@@ -19,6 +19,7 @@ from megatron_hc.kernels.norm import norm
 
 STREAMS, WIDTHS, TOKENS = (1, 2, 3, 4, 8), (48, 64, 320, 1024), (1, 7, 128, 1000)
 SIZES = [(1, 48, 7), (2, 64, 128), (3, 320, 7), (4, 64, 1000), (4, 1024, 7), (8, 320, 1), (8, 48, 128), (5, 64, 7)]
+SIZES += [(3, 37, 5)]  # no whole number of vectors
 HYPER_KINDS = ["hyper", "hyper-static", "hyper-layernorm", "hyper-layernorm-no-bias"]
 KINDS = [*HYPER_KINDS, "frac", "virtual", "mhc", "mhc-static", "kromhc"]
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
@@ -263,8 +264,9 @@ def test_folds_are_the_boundaries_own(backend: str, kind: str, dtype: torch.dtyp
     check_folds(backend, kind, dtype)
 
 
-def test_threads_change_no_bit(backend: str) -> None:
-    form, inputs, grads = problem("hyper", 4, 64, 1000)
+@pytest.mark.parametrize("kind", ["hyper", "mhc"])
+def test_threads_change_no_bit(backend: str, kind: str) -> None:
+    form, inputs, grads = problem(kind, 4, 64, 1000)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):
@@ -275,6 +277,43 @@ def test_threads_change_no_bit(backend: str) -> None:
     # Of a matrix product over all tokens (W's gradient) only the order of sums may differ.
     for one, many in zip(*found, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
+
+
+def strided(tensor: Tensor | None) -> Tensor | None:
+    """The same numbers, with others between them in memory."""
+    return tensor if tensor is None else torch.stack((tensor, -tensor), dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("kind", ["hyper-layernorm", "mhc"])
+def test_strides_change_no_bit(backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding is expanded to streams, outputs are parts of others, gradients come as they like."""
+    form, inputs, grads = problem(kind, 4, 64, 7)
+    form, (streams, *rest, parameters) = form._replace(backend=backend), inputs
+    streams = streams[:, :1].expand(-1, 4, -1)
+    found = []
+    for lay_out in (torch.Tensor.contiguous, strided):
+        leaves = [t if t is None else t.float().requires_grad_() for t in rest]
+        leaf, of_leaf = streams.float().requires_grad_(), [p.float().requires_grad_() for p in parameters]
+        given = [t if t is None else lay_out(t) for t in leaves]
+        first = lay_out(leaf) if lay_out is strided else leaf.contiguous()
+        new, x, write, keep = boundary(form, first, *given, of_leaf)[:4]
+        again = fold(first, *given[:3], backend, form.kind)
+        outputs, wanted = (new, x, write, keep, again), [leaf, *(t for t in leaves if t is not None), *of_leaf]
+        of_outputs = [lay_out(g.float()) for g in (*grads, grads[0])]
+        found.append([*outputs, *torch.autograd.grad(outputs, wanted, of_outputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_layernorm_of_numbers_far_from_zero(backend: str) -> None:
+    """A variance that is a difference of squares would be wrong by several percent."""
+    form, inputs, _ = problem("hyper-layernorm", 2, 48, 7, has_output=False)
+    inputs[0] += 1000
+    expected, _ = reference(form._replace(norm_eps=1e-5), inputs, problem("hyper-layernorm", 2, 48, 7)[2], None)
+    wide = [t if t is None else t.detach().float() for t in inputs[:7]]
+    parameters = [p.detach().float() for p in inputs[7]]
+    found = boundary(form._replace(backend=backend, norm_eps=1e-5), *wide, parameters)[1:4]
+    for ours, right in zip(found, expected[1:4], strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=2e-3, atol=2e-3)
 
 
 def test_how_many_streams_cpp_takes() -> None:
