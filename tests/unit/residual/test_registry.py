@@ -215,6 +215,49 @@ def test_a_write_weight_of_1003_of_mhc_is_seen_under_bf16() -> None:
     assert abs(written.abs().sum() / hidden.double().abs().sum() / 4 - 1.003) < 2e-4
 
 
+ROUNDED_BEFORE = ("rezero", "layerscale", "laurel-rw", "plain-deepnorm")
+"""Outputs are rounded once they are scaled; torch.add rounds DeepNorm's factor on a CPU."""
+WIDE = [case for case in cases() if case.claim != "unstated" and not case.name.startswith(ROUNDED_BEFORE)]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in WIDE])
+def test_reads_and_writes_of_bf16_are_rounded_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets the same bf16 carry as a float64 module with the same parameters, whose results are then rounded."""
+    monkeypatch.setattr(LinearMix, "is_fused", lambda self, stream: False)
+    narrow, exact = randomise(build(case.config(), "bf16")), build(case.config())
+    with torch.no_grad():
+        for (name, ours), theirs in zip(narrow.named_parameters(), exact.parameters(), strict=True):
+            theirs.copy_(ours.zero_() if name.endswith("gate_up") else ours)  # the product with it is bf16's
+    hidden = torch.randn(32, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def widened(carry: Carry) -> Carry:
+        return torch.utils._pytree.tree_map_only(Tensor, Tensor.double, carry)
+
+    def sublayers(model: GPT) -> list[Residual]:
+        return [r for layer in model.stage_layers() for r in (layer.attention_residual, layer.mlp_residual)]
+
+    carry = narrow.entry_residual.open(hidden)
+    for ours, theirs in zip(sublayers(narrow), sublayers(exact), strict=True):
+        x, after = ours.mixed(carry)
+        wide_x, wide_after = theirs.mixed(widened(carry))
+        if not isinstance(x, Reads):  # which are rounded before their norms, too
+            pairs.append((x, wide_x))
+        pairs.append((after.stream, wide_after.stream))
+        if after.mix is not None:
+            for found, expected in zip(after.mix, wide_after.mix, strict=True):
+                if found is not None:
+                    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        output = branch(x)
+        carry = ours.settle(ours.write(after, output))
+        pairs.append((carry.stream, theirs.settle(theirs.write(widened(after), output.double())).stream))
+    if getattr(narrow.final_residual, "reduce", None) is None:
+        pairs.append((narrow.final_residual.mixed(carry)[0], exact.final_residual.mixed(widened(carry))[0]))
+    for found, expected in pairs:
+        assert found.dtype == torch.bfloat16
+        assert (found == expected.bfloat16()).double().mean() > 0.98
+
+
 # Locality, recompute, stages, generation
 
 
@@ -517,7 +560,9 @@ STARTS: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
 ]
 
 
-@pytest.mark.parametrize(("residual", "starts"), STARTS, ids=lambda value: "-".join(map(str, value.values())))
+@pytest.mark.parametrize(
+    ("residual", "starts"), STARTS, ids=["-".join(map(str, residual.values())) for residual, _ in STARTS]
+)
 def test_parameters_start_as_published(residual: dict[str, Any], starts: dict[str, Tensor]) -> None:
     """Most of these change nothing in the first forward pass: streams are copies, and norms take factors away."""
     found = dict(build(small_config(residual), "fp32").stage_layers()[1].mlp_residual.named_parameters())
