@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -60,6 +61,25 @@ def test_layerscale_starts_by_depth(layers: int, start: float) -> None:
 def test_layerscale_of_one_is_pre_norm() -> None:
     model, tokens = build(small_config({"residual_connection": "layerscale", "layerscale_init": 1.0})), random_tokens()
     assert (model(tokens) - build(small_config())(tokens)).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("residual", "values", "expected"),
+    [
+        ({"residual_connection": "rezero"}, [1.003], 1.003),
+        ({"residual_connection": "layerscale"}, [1.003] * 16, 1.003),
+        ({"residual_connection": "laurel", "laurel_form": "rw"}, [math.log(1.003 / 0.997), 0.0], 1.003 / 2),
+    ],
+)
+def test_a_factor_of_1003_is_seen_under_bf16(residual: dict[str, str], values: list[float], expected: float) -> None:
+    """bfloat16 knows no number between 1 and 1.0078, nor between 0.5 and 0.5039."""
+    module = build(small_config(residual), "bf16").stage_layers()[0].mlp_residual
+    (weights,) = module.parameters()
+    with torch.no_grad():
+        weights.copy_(torch.tensor(values))
+    output = torch.randn(400, 8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    written = module.settle(module.write(Carry(torch.zeros_like(output).unsqueeze(2)), output)).stream.double()
+    assert abs(written.abs().sum() / output.double().abs().sum() - expected) < 2e-4
 
 
 def test_an_orthogonal_update_is_orthogonal_to_the_stream() -> None:
