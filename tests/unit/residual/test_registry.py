@@ -357,20 +357,17 @@ def test_a_name_at_two_boundaries_is_one_tensor(case: Case) -> None:
     """What a pipeline process has from an earlier stage of its own it keeps by its name, and is not sent again."""
     model, tokens, positions = randomise(build(case.config(), "fp32")), random_tokens(), torch.arange(8).unsqueeze(0)
     context, carry = model.context(positions, None), model.open(tokens, positions)
-    held: dict[str, Tensor] = {}
+    held: list[tuple[Tensor, str]] = []
     for index, layer in enumerate(model.stage_layers()):
         carry = layer.attention_residual.settle(carry)
-        named = zip(carry_boundary(layer.attention_residual, index), flatten(carry), strict=True)
-        names = {id(tensor): name for name, tensor in held.items()}
-        here = {}
-        for spec, tensor in named:
-            assert spec.name == names.get(id(tensor), spec.name), f"{spec} is {names[id(tensor)]}"
-            if spec.name:
-                assert spec.name not in here and held.get(spec.name, tensor) is tensor, spec
-                here[spec.name] = tensor
-            else:
-                assert spec.kind != "history", f"{spec} passes through"
-        held |= here
+        specs, tensors = carry_boundary(layer.attention_residual, index), flatten(carry)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if spec.kind == "values":  # without names
+                continue
+            same = [name for other, name in held if other is tensor]
+            assert all(name == spec.name != "" for name in same), f"{spec} was {same}"
+            assert not any(name == spec.name != "" for other, name in held if other is not tensor), spec
+            held.append((tensor, spec.name))
         carry = layer(carry, context)
 
 

@@ -23,6 +23,7 @@ from megatron_hc.residual.sparse import SparseAggregation
         ("rezero", {}, {"norm_placement": "post"}),
         ("layerscale", {"layerscale_init": 0.5}, {"norm_placement": "deepnorm"}),
         ("layerscale", {}, {"norm_placement": "hybrid"}),
+        ("layerscale", {}, {"value_residual": "dense"}),
         ("orthogonal", {}, {"norm_placement": "post", "normalization": "LayerNorm"}),
         ("orthogonal", {}, {"norm_placement": "deepnorm"}),
         ("laurel", {"laurel_form": "rw"}, {}),
