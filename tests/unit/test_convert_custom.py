@@ -52,6 +52,33 @@ OTHERS: dict[str, dict[str, Any]] = {
     "across-heads": {"qk_layernorm": True, "qk_layernorm_across_heads": True, "add_qkv_bias": True},
     "fp32-stream": {"fp32_residual_connection": True},
 }
+NUMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # fields of ResidualConfig, of ModelConfig: far from what both sides have by default
+    "base-and-epsilon": (
+        {"residual_connection": "mhc", "mhc_sinkhorn_iterations": 1, "residual_streams": 3},
+        {"rotary_base": 50.0, "norm_epsilon": 0.3, "ffn_hidden_size": 20},
+    ),
+    "weights-of-values": (
+        {"residual_connection": "gated", "gated_residual_rank": 3},
+        {
+            "value_residual": "sparse", "value_residual_layers": 2, "value_residual_first_weight": 3.0,
+            "value_residual_own_weight": 0.5,
+        },
+    ),
+    "scaled-branches": (
+        {"residual_connection": "hyper", "residual_scale": "completep", "base_num_layers": 1},
+        {"value_residual": "neutreno", "neutreno_coefficient": 0.9},
+    ),
+    "readout-of-fractions": (
+        {"residual_connection": "virtual-width", "virtual_width_fractions": 4, "residual_streams": 5}
+        | {"virtual_width_projections": False, "residual_readout": "sum", "residual_norm_weight": False},
+        {"value_residual": "constant", "value_residual_first_weight": 3.0, "value_residual_own_weight": 0.5},
+    ),
+    "router-in-double-precision": (
+        {"residual_connection": "hyper", "residual_norm_weight": True},
+        {"ffn_hidden_size": 20, "moe": MoEConfig(num_experts=3, moe_router_topk=3, moe_router_dtype="fp64")},
+    ),
+}  # fmt: skip
 
 
 FORMS_BY_DEFAULT = (
@@ -67,6 +94,7 @@ def with_experts_and_others() -> list[Case]:
         found.append(Case(f"moe-{name}", "unstated", residual, model | {"moe": MoEConfig(**moe)}))
     for name, model in OTHERS.items():
         found.append(Case(name, "unstated", {"residual_connection": "mhc"}, model))
+    found += [Case(name, "unstated", residual, model) for name, (residual, model) in NUMBERS.items()]
     return found
 
 
