@@ -61,7 +61,7 @@ NUMBERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weights-of-values": (
         {"residual_connection": "gated", "gated_residual_rank": 3},
         {
-            "value_residual": "sparse", "value_residual_layers": 2, "value_residual_first_weight": 3.0,
+            "value_residual": "sparse", "value_residual_layers": 1, "value_residual_first_weight": 3.0,
             "value_residual_own_weight": 0.5,
         },
     ),

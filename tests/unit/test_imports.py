@@ -72,8 +72,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"config", "data", "inference", "mesh", "model", "parallel"},
     "validation": {"checkpoint", "cli", "config", "data", "inference", "mesh", "parallel"},
     "convert": {
-        "checkpoint", "checkpoint_folder", "cli", "cli_options", "config", "data", "inference", "mesh", "model",
-        "parallel", "residual",
+        "checkpoint",
+        "checkpoint_folder",
+        "cli",
+        "cli_options",
+        "config",
+        "data",
+        "inference",
+        "mesh",
+        "model",
+        "parallel",
+        "residual",
     },  # fmt: skip
 }
 """Part of the package -> parts it may import, besides itself. ``run`` and ``train`` may import all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,29 @@ def test_pieces_joined(count: int, move: bool, tmp_path: Path) -> None:
     join([piece(part, "a") for part in parts], prefix, INT, None, work, move=False)
     assert not Path(f"{prefix}.json").exists(), "an old record speaks for new tokens"
     assert IndexedDataset(prefix).get(0).tolist() == [1, 2]
+
+
+def test_an_old_index_never_stands_beside_new_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prefix, part, work = str(tmp_path / "set"), write(tmp_path / "part"), tmp_path / "work"
+    work.mkdir()
+    join([piece(part, "a")], prefix, INT, None, work, move=False)
+    replace, steps = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        steps.append((Path(target).suffix, Path(f"{prefix}.idx").exists()))
+        replace(source, target)
+
+    monkeypatch.setattr("megatron_hc.data.parts.os.replace", watched)
+    join([piece(part, "b")], prefix, INT, {}, work, move=False)
+    assert steps == [(".bin", False), (".json", False), (".idx", False)]
+
+
+def test_a_note_follows_what_it_is_about_to_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    synced: list[bool] = []
+    noted = tmp_path / "part" / "progress.json"
+    monkeypatch.setattr("megatron_hc.data.parts.os.fsync", lambda number: synced.append(noted.exists()))
+    write(tmp_path / "part")
+    assert synced == [False] * 6, "three files under each of two keys, before the note"
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_hc.cli import parse
 from megatron_hc.config import TrainConfig
-from megatron_hc.estimate.memory import active_parameters, total_parameters
+from megatron_hc.estimate.memory import (
+    StateBytes,
+    active_parameters,
+    data_parallel_bytes,
+    state_bytes,
+    total_parameters,
+)
 from megatron_hc.estimate.paper import PaperRank
 from megatron_hc.estimate.simulate import _memory, _ready
 from megatron_hc.estimate.trace import trace
@@ -121,6 +127,90 @@ def _held(config: TrainConfig, world_size: int) -> dict[str, float]:
             copies = experts_dp if placement.is_expert else dp
             found[name] += sum(piece.length * row / piece.holders for piece in placement.pieces) / copies  # type: ignore[assignment]
     return {name: round(count, 6) for name, count in found.items()}
+
+
+STATE = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --bf16"
+MATRICES = 32 * 96 + 32 * 32 + 32 * 128 + 64 * 32
+"""Of a layer: queries, keys and values; their output; gate and up; down."""
+P = 2 * MATRICES + 24 * 32
+"""Numbers in bf16: the layers' matrices, the embedding with its padding."""
+NORMS = 5 * 32
+"""Numbers that stay in fp32 under --bf16."""
+
+
+def state_of(flags: str, world_size: int = 1) -> StateBytes:
+    return state_bytes(PaperRank(config_of(STATE, flags), world_size, 0, 24))
+
+
+def test_state_of_one_process() -> None:
+    """bf16 weights, fp32 gradients, fp32 masters and two moments; norms are masters themselves."""
+    found = state_of("")
+    assert sum(found.parameters.values()) == P + NORMS and found.parameters["norms"] == NORMS
+    assert (found.weights, found.gradients) == (2 * P + 4 * NORMS, 4 * (P + NORMS))
+    assert (found.optimizer, found.buffers) == (12 * P + 8 * NORMS, 0)
+    assert found.total == found.weights + found.gradients + found.optimizer
+    offloaded = state_of("--optimizer-cpu-offload")
+    assert (offloaded.optimizer, offloaded.total) == (0, found.weights + found.gradients)
+
+
+def test_state_of_four_copies() -> None:
+    """Shares of the optimizer's state, sums over ranks of the same size, and a bucket of fp32."""
+    found = state_of("--global-batch-size 8", 4)
+    assert (found.weights, found.optimizer) == (2 * P + 4 * NORMS, (12 * P + 8 * NORMS) / 4)
+    assert (found.gradients, found.buffers) == (4 * (P + NORMS) * 5 / 4, 4 * (P + NORMS))
+    small = state_of("--global-batch-size 8 --ddp-bucket-size 1000", 4)
+    assert small.buffers == 4 * (1000 + 32 * 128), "full by a little less than the largest parameter"
+    assert found.total == found.weights + found.gradients + found.optimizer + found.buffers
+
+
+def test_state_without_shares() -> None:
+    found = state_of("--global-batch-size 8 --data-parallel-sharding-strategy no_shard", 4)
+    assert found.optimizer == 12 * P + 8 * NORMS and found.gradients == 2 * 4 * (P + NORMS)
+
+
+def test_state_of_fully_sharded_copies() -> None:
+    """FSDP2 has a quarter of fp32 weights and gradients; two layers in bf16 and gradients of one are gathered."""
+    flags = "--global-batch-size 8 --data-parallel-sharding-strategy optim_grads_params"
+    found = state_of(flags, 4)
+    assert (found.weights, found.optimizer) == (P + 4 * NORMS, 2 * P + 2 * NORMS)
+    assert found.gradients == P + 4 * NORMS * 5 / 4
+    assert found.buffers == (2 * 2 + 4) * MATRICES
+    assert found.total == found.weights + found.gradients + found.optimizer + found.buffers
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "expected"),
+    [
+        ("", 1, {}),
+        # fp32 gradients to the three others, a quarter each, and weights in their own dtype from them
+        (
+            "--global-batch-size 8",
+            4,
+            {
+                ("dp", "reduce_scatter"): 3 * (P + NORMS),
+                ("dp", "all_gather"): 1.5 * P + 3 * NORMS,
+            },
+        ),
+        (
+            "--global-batch-size 8 --data-parallel-sharding-strategy no_shard",
+            4,
+            {("dp", "all_reduce"): 6 * (P + NORMS)},
+        ),
+        (
+            "--global-batch-size 8 --num-distributed-optimizer-instances 2",
+            4,
+            {
+                ("dp_cp_shard", "reduce_scatter"): 2 * (P + NORMS),
+                ("dp_cp_shard", "all_gather"): P + 2 * NORMS,
+                ("dp_cp_replica", "all_reduce"): 2 * (P + NORMS),
+            },
+        ),
+    ],
+)
+def test_traffic_of_data_parallelism(flags: str, world_size: int, expected: dict[tuple[str, str], float]) -> None:
+    """Bytes that one rank sends in a step; a ring's all-reduce sends everything twice but for its own share."""
+    rank = PaperRank(config_of(STATE, flags), world_size, 0, 24)
+    assert dict(data_parallel_bytes(rank)) == expected
 
 
 class Kept:
