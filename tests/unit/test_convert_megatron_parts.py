@@ -79,6 +79,7 @@ def test_arguments(args: dict[str, Any], expected: dict[str, Any]) -> None:
     ("args", "given", "vocab"),
     [
         ({}, None, 24),
+        ({"tokenizer_type": "NullTokenizer"}, None, 24),
         ({"vocab_size": 20}, None, 20),
         ({"vocab_size": 20, "tokenizer_type": "NullTokenizer"}, None, 21),
         ({"vocab_size": 20}, 24, 24),
@@ -90,6 +91,22 @@ def test_size_of_the_vocabulary(args: dict[str, Any], given: int | None, vocab: 
     assert found == vocab and config.data.vocab_size == vocab - 1 and config.model.seq_length == 16
     longer = training_config(SMALL | args | {"max_position_embeddings": 64}, 24, given, 32, None)[0].model
     assert (longer.seq_length, longer.max_positions) == (32, 64)
+
+
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer"])
+def test_a_tokenizer_that_is_there(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is named from anywhere; where it is gone, or of another kind, ids stand for themselves."""
+    monkeypatch.chdir(tmp_path)
+    args = SMALL | {"tokenizer_type": kind, "tokenizer_model": "a.model", "vocab_size": 20}
+    gone = training_config(args, 24, None, None, None)[0].data
+    assert (gone.tokenizer_type, gone.tokenizer_model, gone.vocab_size) == ("NullTokenizer", None, 19)
+    for name in ("a.model", "b.model"):
+        (tmp_path / name).touch()
+    for given, expected in ((None, "a.model"), ("b.model", "b.model")):
+        data = training_config(args, 24, None, None, given)[0].data
+        known = (kind, str(tmp_path / expected), 20)
+        found = (data.tokenizer_type, data.tokenizer_model, data.vocab_size)
+        assert found == (("NullTokenizer", None, 19) if kind.startswith("GPT2") else known)
 
 
 def test_folders(tmp_path: Path) -> None:
