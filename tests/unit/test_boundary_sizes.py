@@ -285,23 +285,22 @@ def strided(tensor: Tensor | None) -> Tensor | None:
 
 
 @pytest.mark.parametrize("kind", ["hyper-layernorm", "mhc"])
-def test_strides_change_no_bit(backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strides_change_no_number(backend: str, kind: str) -> None:
     """An embedding is expanded to streams, outputs are parts of others, gradients come as they like."""
-    form, inputs, grads = problem(kind, 4, 64, 7)
-    form, (streams, *rest, parameters) = form._replace(backend=backend), inputs
-    streams = streams[:, :1].expand(-1, 4, -1)
-    found = []
-    for lay_out in (torch.Tensor.contiguous, strided):
+    form, (streams, *rest, parameters), grads = problem(kind, 4, 64, 7)
+    found, copies = [], streams[:, :1].float().expand(-1, 4, -1)
+    for lay_out, first in ((torch.clone, copies.contiguous()), (strided, strided(copies)), (strided, copies)):
         leaves = [t if t is None else t.float().requires_grad_() for t in rest]
-        leaf, of_leaf = streams.float().requires_grad_(), [p.float().requires_grad_() for p in parameters]
+        own = [p.float().requires_grad_() for p in parameters]
+        first.requires_grad_()
         given = [t if t is None else lay_out(t) for t in leaves]
-        first = lay_out(leaf) if lay_out is strided else leaf.contiguous()
-        new, x, write, keep = boundary(form, first, *given, of_leaf)[:4]
-        again = fold(first, *given[:3], backend, form.kind)
-        outputs, wanted = (new, x, write, keep, again), [leaf, *(t for t in leaves if t is not None), *of_leaf]
-        of_outputs = [lay_out(g.float()) for g in (*grads, grads[0])]
-        found.append([*outputs, *torch.autograd.grad(outputs, wanted, of_outputs)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        outputs = boundary(form._replace(backend=backend), first, *given, own)[:4]
+        outputs = (*outputs, fold(first, *given[:3], backend, form.kind))
+        wanted = [first, *(t for t in leaves if t is not None), *own]
+        gradients = torch.autograd.grad(outputs, wanted, [lay_out(g.float()) for g in (*grads, grads[0])])
+        found.append([*outputs, *gradients])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_layernorm_of_numbers_far_from_zero(backend: str) -> None:
