@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import shutil
 from collections.abc import Iterator
@@ -303,6 +304,20 @@ def test_strides_change_no_number(backend: str, kind: str) -> None:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["hyper", "frac"])
+def test_a_gradient_of_one_result_alone(backend: str, kind: str) -> None:
+    """The others have none: what reads the streams may read nothing else."""
+    form, inputs, grads = problem(kind, 2, 48, 7)
+    leaves = [t if t is None else t.float().requires_grad_() for t in inputs[:7]]
+    wanted = [t for t in leaves if t is not None]
+    outputs = boundary(form._replace(backend=backend), *leaves, [p.float() for p in inputs[7]])[:4]
+    for position in range(4):
+        alone = [g.float() if place == position else torch.zeros(g.shape) for place, g in enumerate(grads)]
+        expected = torch.autograd.grad(outputs, wanted, alone, retain_graph=True)
+        found = torch.autograd.grad(outputs[position], wanted, alone[position], retain_graph=True)
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_layernorm_of_numbers_far_from_zero(backend: str) -> None:
     """A variance that is a difference of squares would be wrong by several percent."""
     form, inputs, _ = problem("hyper-layernorm", 2, 48, 7, has_output=False)
@@ -334,3 +349,14 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         boundary_cpp.build()
     with pytest.raises(ValueError, match="is for --device cpu"):
         check_backend("cpp", torch.device("cuda"))
+
+
+def test_no_triton_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is there a GPU, and kernels are not interpreted."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="triton needs --device cuda, not cpu: use torch or cpp"):
+        check_backend("triton", torch.device("cpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton needs Triton, which comes with torch for CUDA"):
+        check_backend("triton", torch.device("cuda"))
