@@ -171,6 +171,15 @@ def test_what_cannot_be_written_is_refused() -> None:
     assert engine.is_idle
 
 
+def test_no_memory_for_a_cache_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def new_caches(*arguments: int) -> None:
+        raise RuntimeError("you tried to allocate 1 EiB\nframe #0")
+
+    monkeypatch.setattr(GPT, "new_caches", new_caches)
+    with pytest.raises(ValueError, match=r"of 3 texts of 40 tokens: lower .* length \(you tried to allocate 1 EiB\)$"):
+        engine_of(small_config(max_position_embeddings=40))
+
+
 # How tokens are chosen
 
 
