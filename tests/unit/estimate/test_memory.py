@@ -149,6 +149,7 @@ def test_state_of_one_process() -> None:
     assert (found.weights, found.gradients) == (2 * P + 4 * NORMS, 4 * (P + NORMS))
     assert (found.optimizer, found.buffers) == (12 * P + 8 * NORMS, 0)
     assert found.total == found.weights + found.gradients + found.optimizer
+    assert state_of("--data-parallel-sharding-strategy optim_grads_params") == found, "no copy to share with"
     offloaded = state_of("--optimizer-cpu-offload")
     assert (offloaded.optimizer, offloaded.total) == (0, found.weights + found.gradients)
 
