@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hc.convert.megatron import find_folder, model_arguments, training_config
+from megatron_hc.config import ModelConfig
+from megatron_hc.convert.megatron import find_folder, join, model_arguments, training_config
 from megatron_hc.convert.shards import Spec
 from megatron_hc.convert.torch_dist import TorchDistFolder
 
@@ -124,6 +125,35 @@ def test_folders(tmp_path: Path) -> None:
     assert find_folder(tmp_path, None).name == "iter_0000000"
     with pytest.raises(ValueError, match=r"holds no torch_dist checkpoint \(.*iter_0000008/.metadata is missing\)"):
         find_folder(tmp_path, 8)
+
+
+GATED = ModelConfig(swiglu=True)
+E, F, C = 2, 3, 5
+GATES, UPS = torch.arange(E * F * C).reshape(E, F, C), 1000 + torch.arange(E * F * C).reshape(E, F, C)
+
+
+def test_rows_of_gates_and_ups() -> None:
+    """Theirs stand below each other, ours alternate; experts follow one another."""
+    both = torch.cat((GATES, UPS), 1)
+    for e in range(E):
+        found = join(GATED, "layers.0.mlp.linear_fc1.weight", [both[e]])
+        assert found[0::2].equal(GATES[e]) and found[1::2].equal(UPS[e])
+        assert join(GATED, "layers.0.mlp.shared_experts.linear_fc1.weight", [both[e]]).equal(found)
+        assert join(GATED, "layers.0.mlp.linear_fc1.bias", [both[e, :, 0]]).equal(found[:, 0])
+        assert join(ModelConfig(), "layers.0.mlp.linear_fc1.weight", [both[e]]).equal(both[e])
+    found = join(GATED, "layers.0.mlp.experts.linear_fc1.weight", [both])
+    assert found[0::2].equal(GATES.flatten(0, 1)) and found[1::2].equal(UPS.flatten(0, 1))
+    assert join(GATED, "layers.0.mlp.experts.linear_fc1.bias", [both[:, :, 0]]).equal(found[:, 0])
+    plain = join(ModelConfig(), "layers.0.mlp.experts.linear_fc1.weight", [both])
+    assert plain.equal(both.flatten(0, 1))
+
+
+def test_experts_second_matrices() -> None:
+    theirs = GATES.transpose(1, 2)
+    assert join(GATED, "layers.0.mlp.experts.linear_fc2.weight", [theirs]).equal(GATES.flatten(0, 1))
+    assert join(GATED, "layers.0.mlp.linear_fc2.weight", [theirs[0]]).equal(theirs[0])
+    biases = torch.rand(E, C)
+    assert join(GATED, "layers.0.mlp.experts.linear_fc2.bias", [biases]).equal(biases)
 
 
 class Chunked(TorchDistFolder):

@@ -166,6 +166,15 @@ def test_end_of_document(tmp_path: Path) -> None:
     assert (added.eod, added.vocab_size) == (600, 601)
 
 
+def test_padding_that_is_end_of_document_is_none(tmp_path: Path) -> None:
+    """Else the loss of every document's end would be masked."""
+    trained(tmp_path / "tokenizer.json", special=("<pad>", "</s>"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "</s>"}')
+    assert (HuggingFaceTokenizer(str(tmp_path)).eod, HuggingFaceTokenizer(str(tmp_path)).pad) == (1, -1)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "<nowhere>"}')
+    assert HuggingFaceTokenizer(str(tmp_path)).pad == -1
+
+
 def test_files_of_gpt2(tmp_path: Path) -> None:
     """vocab.json and merges.txt, as Megatron-LM's GPT2BPETokenizer takes them, are the same tokenizer."""
     whole = trained(tmp_path / "one.json", special=("<|endoftext|>",))
