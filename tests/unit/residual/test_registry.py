@@ -251,6 +251,9 @@ def test_reads_and_writes_of_bf16_are_rounded_once(case: Case, monkeypatch: pyte
         output = branch(x)
         carry = ours.settle(ours.write(after, output))
         pairs.append((carry.stream, theirs.settle(theirs.write(widened(after), output.double())).stream))
+        state = ours.state(carry)
+        assert state.dtype == torch.float32
+        torch.testing.assert_close(state.double(), theirs.state(widened(carry)), rtol=1e-5, atol=1e-5)
     if getattr(narrow.final_residual, "reduce", None) is None:
         pairs.append((narrow.final_residual.mixed(carry)[0], exact.final_residual.mixed(widened(carry))[0]))
     for found, expected in pairs:
