@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
 from helpers import VOCAB, build, gradients, random_tokens, randomise, small_config
 from torch import Tensor
 
+from megatron_hc.kernels import boundary as kernel
 from megatron_hc.kernels import boundary_blocks
 from megatron_hc.kernels.boundary import check_backend
+from megatron_hc.kernels.coefficients import Form
+from megatron_hc.residual import base
 from megatron_hc.residual.base import LinearMix
 
 FORMS = [
@@ -178,3 +182,35 @@ def test_a_pipeline_stage_changes_no_bit(backend: Literal["torch", "cpp"]) -> No
             model.close(carry).float().square().sum().backward()
             found.append([hidden.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_every_boundary_and_fold_runs_in_the_backend_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def boundary(form: Form, *tensors: Any) -> Any:
+        asked.append((form.kind, form.backend))
+        return kernel.boundary(form, *tensors)
+
+    def fold(*arguments: Any) -> Tensor:
+        asked.append(("fold", arguments[4]))
+        return kernel.fold(*arguments)
+
+    monkeypatch.setattr(base, "fused_kernel", SimpleNamespace(boundary=boundary, fold=fold))
+    model = build(small_config(FORMS[0], fused_residual_backend="torch", num_layers=1), "fp32")
+    carry = model.open(random_tokens(), torch.arange(8).unsqueeze(0))
+    carry = model.stage_layers()[0](carry, model.context(torch.arange(8).unsqueeze(0), None))
+    model.close(carry)
+    model.final_residual.settle(carry)
+    assert asked == [("tanh", "torch"), ("tanh", "torch"), ("read-out", "torch"), ("fold", "torch")]
+
+
+def test_a_norm_weight_of_1003_is_seen_under_bf16() -> None:
+    """bfloat16 knows no number between 1 and 1.0078."""
+    model, found = build(small_config(FORMS[0]), "bf16"), []
+    layer, hidden = model.stage_layers()[0], torch.randn(400, 8, 16, generator=torch.Generator().manual_seed(0))
+    for weight in (1.0, 1.003):
+        with torch.no_grad():
+            layer.attention_norm.weight.fill_(weight)
+        residual = layer.attention_residual
+        found.append(residual.read(residual.open(hidden.bfloat16()), layer.attention_read_norm)[0].double().abs().sum())
+    assert abs(found[1] / found[0] - 1.003) < 2e-4
