@@ -261,6 +261,26 @@ def test_reads_and_writes_of_bf16_are_rounded_once(case: Case, monkeypatch: pyte
         assert (found == expected.bfloat16()).double().mean() > 0.98
 
 
+def test_one_kernel_folds_and_norms_where_the_read_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU. Whoever reads otherwise would get the plain residual's numbers from it."""
+    monkeypatch.setattr(base, "is_one_pass_with_sum", lambda stream: True)
+    norm = build(small_config(), "fp32").stage_layers()[1].mlp_norm
+    carry = Carry(torch.zeros(1, 1, 1, 16), pending=(torch.zeros(1, 1, 16), None))
+    found = set()
+    for method in RESIDUALS:
+        residual = build(small_config({"residual_connection": method}), "fp32").stage_layers()[1].mlp_residual
+        if residual.parts_with_sum(carry, Norm(norm)) is not None:
+            found.add(method)
+    assert found == {"plain", "rezero", "layerscale"}
+
+    plain = build(small_config(), "fp32").stage_layers()[1].mlp_residual
+    for others in (Norm(None), Norm(norm, replaces_stream=True), Norm(norm, stream_scale=torch.nn.Identity())):
+        assert plain.parts_with_sum(carry, others) is None
+    assert plain.parts_with_sum(carry.replace(pending=None), Norm(norm)) is None
+    norm.forward = norm.forward  # as recompute does
+    assert plain.parts_with_sum(carry, Norm(norm)) is None
+
+
 # Locality, recompute, stages, generation
 
 
