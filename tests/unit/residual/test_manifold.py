@@ -67,6 +67,18 @@ def test_sums_normalised_last_are_one(rows_first: bool, scale: float) -> None:
         assert (result.sum(other) - expected.sum(other)).abs().max() <= 1e-5
 
 
+def test_a_row_below_the_smallest_exponent_has_no_gradient() -> None:
+    leaf = logits(3, 2, 3, 3)
+    leaf[..., 1, :] = -2000 + 10 * leaf[..., 1, :]
+    leaf.requires_grad_()
+    found, expected = (
+        torch.autograd.grad(function(leaf, 4), leaf, logits(3, 2, 3, 3))[0]
+        for function in (sinkhorn, sinkhorn_reference)
+    )
+    assert found[..., 1, :].eq(0).all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
 def test_sinkhorn_gradient_in_fp32() -> None:
     """Undoing the normalisations from their sums loses nothing to speak of."""
     wide = logits(200, 1, 4, 4, scale=3).requires_grad_()
