@@ -31,6 +31,13 @@ def test_parameter_count() -> None:
     assert found - plain == layers + 4 * J * C + 4 * J * J + J
 
 
+@pytest.mark.parametrize("without_bias", [False, True])
+def test_norms_have_the_bias_of_the_layers(without_bias: bool) -> None:
+    model = build(small_config(MUDD, normalization="LayerNorm", disable_bias_layernorm=without_bias))
+    biases = [name for name, _ in model.named_parameters() if "_residual." in name and name.endswith("norm_bias")]
+    assert len(biases) == (0 if without_bias else 3 * (LAYERS - 1))
+
+
 def test_initial_values_and_decay() -> None:
     model = build(small_config(MUDD, hidden_size=256, num_attention_heads=4))
     residual = model.stage_layers()[2].attention_residual
