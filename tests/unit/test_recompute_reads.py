@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import assert_same_bits, build, gradients, loss_of, random_tokens, randomise, small_config
+from helpers import assert_same_bits, build, full_recompute, gradients, loss_of, random_tokens, randomise, small_config
 from test_boundary import counted
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -163,6 +163,34 @@ def test_streams_are_kept_once_per_block(interval: int | None, expected: int, mo
     kept = sum(not storage.expired() for storage in storages)
     assert kept == min(expected + (interval != 0), 8)
     loss.backward()
+
+
+@pytest.mark.parametrize("parallel", [full_recompute("block", 2), groups("block", 2, None)], ids=["alone", "reads"])
+def test_only_the_layers_of_the_block_run_again(parallel: ParallelConfig) -> None:
+    model, runs = model_with("mhc", parallel), [0] * 4
+
+    def count(place: int) -> None:
+        runs[place] += 1
+
+    for place, layer in enumerate(model.stage_layers()):
+        layer.attention.register_forward_pre_hook(lambda *_, place=place: count(place))
+    gradients(model, random_tokens())
+    assert runs == [2, 2, 1, 1]
+
+
+def test_reads_behind_the_block_are_recomputed_too() -> None:
+    """Of three layers, in blocks of two reads each."""
+    model, runs = model_with("mhc", groups("block", 1, 2)), [0] * 4
+    for place, layer in enumerate(model.stage_layers()):
+        weights = layer.mlp_residual.weights
+
+        def counted_weights(stream: Tensor, place: int = place, weights: Any = weights) -> Any:
+            runs[place] += 1
+            return weights(stream)
+
+        layer.mlp_residual.weights = counted_weights  # type: ignore[method-assign]
+    gradients(model, random_tokens())
+    assert min(runs[1:]) == 2, "each read runs again once"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,15 @@ def test_a_greedy_continuation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_how_many_batches_go_through_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of each shape: all of them at once would be held in memory."""
+    monkeypatch.setattr(scoring, "MAX_IN_FLIGHT", 2)
+    config = TrainConfig(model=small_config(max_position_embeddings=30))
+    wanted = [Item([1] * length, 1) for length in (9, 9, 9, 9, 9, 9, 17)]
+    rounds = Scorer(build(config.model), config, Mesh(), 1)._rounds(wanted, [6, *range(6)])
+    assert [(shape.S, len(parts)) for shape, parts in rounds] == [(16, 1), (8, 2), (8, 2), (8, 2)]
+
+
 def test_what_is_measured_stays_in_float64() -> None:
     """Also of a model in fp32: sums over thousands of tokens come from the last stage as they are."""
     config, tokens = small_config(), random_tokens()
