@@ -11,9 +11,12 @@ import torch
 from helpers import TRAINING, VOCAB, build, random_tokens, randomise, small_config
 
 from megatron_hc.config import TrainConfig
+from megatron_hc.data.tokenizer import ByteTokenizer
 from megatron_hc.inference import scoring
+from megatron_hc.inference.harness import HarnessModel
 from megatron_hc.inference.scoring import Item, Scorer, _score
 from megatron_hc.mesh import Mesh
+from megatron_hc.model.generate import Sampling
 from megatron_hc.parallel.pipeline import Pipeline
 from megatron_hc.parallel.stages import MicroBatch
 
@@ -72,6 +75,21 @@ def test_how_many_batches_go_through_together(monkeypatch: pytest.MonkeyPatch) -
     wanted = [Item([1] * length, 1) for length in (9, 9, 9, 9, 9, 9, 17)]
     rounds = Scorer(build(config.model), config, Mesh(), 1)._rounds(wanted, [6, *range(6)])
     assert [(shape.S, len(parts)) for shape, parts in rounds] == [(16, 1), (8, 2), (8, 2), (8, 2)]
+
+
+def test_what_the_harness_asks_to_be_written() -> None:
+    """A stop text that is empty stops nothing; a prompt keeps one token at least."""
+    pytest.importorskip("lm_eval")
+    config = TrainConfig(model=small_config(max_position_embeddings=30))
+    model = HarnessModel.of(build(config.model), config, Mesh(), ByteTokenizer())
+    options = {"until": ["", "x"], "max_gen_toks": 29, "do_sample": True, "temperature": 0.5, "top_p": 0.25}
+    found = model._request(3, "ab", options)
+    assert (found.prompt, found.stop, found.max_new_tokens) == ((98,), ("x",), 29)
+    assert found.sampling == Sampling(temperature=0.5, top_p=0.25, seed=1237)
+    assert model._request(0, "", options).prompt == (256,)
+    assert model._request(0, "a", {**options, "do_sample": False}).sampling.temperature == 0
+    with pytest.raises(ValueError, match=r"max_gen_toks \(30\) must be less than the model's 30 tokens"):
+        model._request(0, "ab", {**options, "max_gen_toks": 30})
 
 
 def test_what_is_measured_stays_in_float64() -> None:
