@@ -92,6 +92,18 @@ def test_what_the_harness_asks_to_be_written() -> None:
         model._request(0, "ab", {**options, "max_gen_toks": 30})
 
 
+def test_the_longest_continuation_of_the_harness() -> None:
+    """As long as what the model sees; one token more would leave no place for a context."""
+    pytest.importorskip("lm_eval")
+    config = TrainConfig(model=small_config(max_position_embeddings=8), training=TRAINING["fp64"])
+    model = HarnessModel.of(build(config.model).eval(), config, Mesh(), ByteTokenizer())
+    ((logprob, _),) = model._loglikelihood_tokens([(None, [1, 2], [3] * 8)], disable_tqdm=True)
+    (score,) = Scorer(model.model, config, Mesh())([Item([2, *[3] * 8], 8)])
+    assert logprob == score.logprob < 0
+    with pytest.raises(ValueError, match="a continuation of 9 tokens is longer than the 8"):
+        model._loglikelihood_tokens([(None, [1], [3] * 9)], disable_tqdm=True)
+
+
 def test_what_is_measured_stays_in_float64() -> None:
     """Also of a model in fp32: sums over thousands of tokens come from the last stage as they are."""
     config, tokens = small_config(), random_tokens()
