@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
 from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_hc.inference import Decoder, Engine, Request, TextWriter
 from megatron_hc.inference import engine as engine_module
-from megatron_hc.inference.engine import Generation
-from megatron_hc.inference.service import Events, follow
+from megatron_hc.inference.engine import Generation, TokenLogprobs
+from megatron_hc.inference.service import Events, _update, follow
 from megatron_hc.mesh import Mesh
 from megatron_hc.model.generate import Sampling, _draw, choose, generate, largest
 from megatron_hc.model.gpt import GPT
@@ -155,6 +156,17 @@ def test_other_processes_follow_the_first(monkeypatch: pytest.MonkeyPatch) -> No
     follow(engine)
     assert engine.is_idle and [text.request for text in texts] == wanted
     assert [text.finish == "cancelled" for text in texts] == [False, True, False, False, False, True]
+
+
+def test_an_update_has_what_is_new_alone() -> None:
+    request = Request(prompt=(65,), max_new_tokens=3, num_logprobs=0)
+    text = Generation(request, TextWriter(ByteTokenizer(), request.prompt))
+    ticket: Any = SimpleNamespace(sent=0, sent_tokens=0)
+    for place, token in enumerate(b"xyz"):
+        text.logprobs.append(TokenLogprobs(-1.0 - place, {}))
+        text.take(token, 256)
+        finish = "length" if place == 2 else None
+        assert _update(ticket, text) == ("xyz"[place], [token], [text.logprobs[place]], [place], finish)
 
 
 def test_what_cannot_be_written_is_refused() -> None:

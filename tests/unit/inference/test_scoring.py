@@ -100,6 +100,7 @@ def test_the_longest_continuation_of_the_harness() -> None:
     ((logprob, _),) = model._loglikelihood_tokens([(None, [1, 2], [3] * 8)], disable_tqdm=True)
     (score,) = Scorer(model.model, config, Mesh())([Item([2, *[3] * 8], 8)])
     assert logprob == score.logprob < 0
+    assert model._loglikelihood_tokens([(None, [1], [])], disable_tqdm=True) == [(0.0, True)]
     with pytest.raises(ValueError, match="a continuation of 9 tokens is longer than the 8"):
         model._loglikelihood_tokens([(None, [1], [3] * 9)], disable_tqdm=True)
 
