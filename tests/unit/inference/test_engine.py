@@ -17,10 +17,11 @@ from megatron_hc.config import ModelConfig, MoEConfig, TrainConfig
 from megatron_hc.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from megatron_hc.inference import Decoder, Engine, Request, TextWriter
 from megatron_hc.inference import engine as engine_module
+from megatron_hc.inference import service as service_module
 from megatron_hc.inference.engine import Generation, TokenLogprobs
-from megatron_hc.inference.service import Events, _update, follow
+from megatron_hc.inference.service import Events, Failed, Service, Ticket, _update, follow
 from megatron_hc.mesh import Mesh
-from megatron_hc.model.generate import Sampling, _draw, choose, generate, largest
+from megatron_hc.model.generate import Sampling, _draw, _uniform, choose, generate, largest
 from megatron_hc.model.gpt import GPT
 
 TOKENIZER = NullTokenizer(VOCAB - 1)
@@ -169,6 +170,17 @@ def test_an_update_has_what_is_new_alone() -> None:
         assert _update(ticket, text) == ("xyz"[place], [token], [text.logprobs[place]], [place], finish)
 
 
+def test_everybody_hears_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose texts run, and those whom the engine has not seen yet."""
+    told: list[Any] = []
+    monkeypatch.setattr(service_module, "_post", lambda loop, updates: told.extend(updates))
+    service = Service(engine_of(small_config(max_position_embeddings=40)), 5)
+    running, new = (Ticket(requests(1)[0], None, False) for _ in range(2))  # type: ignore[arg-type]
+    service._numbers, service._inbox, reason = {running: 0}, [new], Failed("why")
+    service._fail(reason)
+    assert told == [(running, reason), (new, reason)] and service._ends
+
+
 def test_what_cannot_be_written_is_refused() -> None:
     engine = engine_of(small_config(max_position_embeddings=40))
     for change, message in (
@@ -210,6 +222,10 @@ def test_draws_follow_the_distribution() -> None:
         drawn = choose(logits.expand(number, 5), [sampling] * number, range(number))
         share = torch.bincount(drawn, minlength=5) / number
         assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / number).sqrt()).all(), (sampling, share)
+
+
+def test_seeds_and_places_that_look_alike_draw_apart() -> None:
+    assert len({_uniform(1, 23), _uniform(12, 3), _uniform(123, 0), _uniform(1, 230)}) == 4
 
 
 def test_what_a_draw_takes_at_its_limits() -> None:
