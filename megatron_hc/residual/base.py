@@ -153,7 +153,12 @@ class Residual(nn.Module):
 
     def fold(self, stream: Tensor, output: Tensor, mix: Mix | None) -> Tensor:
         """Write a sublayer's output [S, B, C] into the stream. Token-wise, no parameters."""
-        return torch.add(output.unsqueeze(2), stream, alpha=self.stream_factor)
+        if self.stream_factor == 1:
+            return output.unsqueeze(2) + stream
+        # On a CPU torch.add would round the factor itself to bfloat16.
+        dtype = torch.promote_types(output.dtype, stream.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.add(output.unsqueeze(2).to(wide), stream.to(wide), alpha=self.stream_factor).to(dtype)
 
     def settle(self, carry: Carry) -> Carry:
         """The carry with nothing pending."""

@@ -157,7 +157,9 @@ class Residual(nn.Module):
 
     def fold(self, stream: Tensor, output: Tensor, mix: Mix | None) -> Tensor:
         """The stream with a sublayer's output [B, S, C] in it."""
-        return torch.add(output.unsqueeze(2), stream, alpha=self.config.stream_factor)
+        dtype = torch.promote_types(output.dtype, stream.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.add(output.unsqueeze(2).to(wide), stream.to(wide), alpha=self.config.stream_factor).to(dtype)
 
     def write(self, carry: Carry, output: Tensor, mix: Mix | None) -> Carry:
         return carry._replace(stream=self.fold(carry.stream, output, mix))
