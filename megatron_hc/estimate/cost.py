@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from megatron_hc.config import TrainConfig
 from megatron_hc.estimate.boundaries import Moved
 from megatron_hc.estimate.hardware import Hardware
+from megatron_hc.estimate.memory import StateBytes
 from megatron_hc.estimate.paper import PaperRank
 from megatron_hc.estimate.trace import Pass, StageTrace
 from megatron_hc.parallel.stages import boundary_of
@@ -60,7 +61,7 @@ class Roofline:
             matmul=part.flops / compute,
             residual=residual,
             elementwise=elementwise,
-            tensor=self.sent_seconds(part.sent, ("tp", "cp", "kv", "embedding", "tp_cp"), rank),
+            tensor=self.sent_seconds(part.sent, ("tp", "cp", "kv", "tp_cp"), rank),
             expert=self.sent_seconds(part.sent, ("experts", "etp", "stage"), rank),
         )
 
@@ -119,6 +120,7 @@ class Roofline:
             if model.has_experts(layer):
                 mlp = matrices * model.expert_ffn_size * model.moe.moe_router_topk / tp
                 mlp += 4 * model.hidden_size * model.moe.moe_router_topk / tp  # rows there and back
+                mlp += matrices * (model.moe.moe_shared_expert_intermediate_size or 0) / tp
             total += attention + mlp
         dtype = 2 if self.config.training.bf16 else 4
         return total * dtype * self._part()
@@ -133,6 +135,7 @@ class Roofline:
         tp = mesh.size("tp")
         block = mesh.experts.ranks * mesh.experts.parts
         spans = {
+            "embedding": self.world_size,  # in the first and in the last stage
             "tp": tp,
             "kv": tp,
             "cp": tp * mesh.size("cp"),
@@ -150,10 +153,13 @@ class Roofline:
         assert stage > 0
         return num_bytes / (rate * 1e9 * hardware.network_efficiency)
 
-    def optimizer_seconds(self, optimizer_bytes: int, weights: int) -> float:
-        """Read and write master weights and moments, read gradients, write weights."""
+    def optimizer_seconds(self, state: StateBytes) -> float:
+        """Read and write master weights and moments, read gradients, write weights; of state in CPU memory the last."""
         memory = self.hardware.memory_tb_s * 1e12 * self.hardware.memory_efficiency
-        return (2 * optimizer_bytes + optimizer_bytes / 3 + weights) / memory
+        if state.optimizer == 0:
+            return state.weights / memory
+        masters = 3 * state.updated - state.optimizer  # those that are the weights themselves, and are read as such
+        return (2 * state.optimizer + state.updated + masters + state.weights) / memory
 
 
 def passes_of(trace: StageTrace, schedule_has_weights: bool) -> dict[str, Pass]:

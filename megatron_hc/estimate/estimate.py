@@ -14,6 +14,7 @@ from megatron_hc.estimate.memory import (
     StateBytes,
     active_parameters,
     data_parallel_bytes,
+    partial_sum_bytes,
     state_bytes,
     total_parameters,
 )
@@ -222,8 +223,10 @@ def _outside(
             )
         if parallel.overlap_param_gather:
             gather = max(0.0, gather - sum(times[kind, s].total for kind, s in times if kind == "forward" and s in own))
-        worst["data"] = max(worst["data"], reduce + gather)
-        worst["optimizer"] = max(worst["optimizer"], roofline.optimizer_seconds(state.optimizer, state.weights))
+        # Behind the last reduction, so that nothing hides them.
+        sums = sum(count / roofline.bandwidth(group, rank) for (group, _), count in partial_sum_bytes(rank).items())
+        worst["data"] = max(worst["data"], reduce + sums + gather)
+        worst["optimizer"] = max(worst["optimizer"], roofline.optimizer_seconds(state))
     return worst
 
 
@@ -243,7 +246,7 @@ def _sent(
                 own["pp"] += number * crossing_bytes[stage + 1]
             if stage > 0 and layout.rank_of(stage - 1) != process:
                 own["pp"] += number * crossing_bytes[stage]
-        for (group, _), count in data_parallel_bytes(rank).items():
+        for (group, _), count in (data_parallel_bytes(rank) + partial_sum_bytes(rank)).items():
             own[group] += count
         for group, count in own.items():
             found[group] = max(found.get(group, 0.0), count)

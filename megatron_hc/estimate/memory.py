@@ -66,6 +66,8 @@ class StateBytes:
     """Sums over micro-batches, and this rank's part of the sums over ranks."""
     optimizer: int = 0
     """fp32 master weights and two moments."""
+    updated: int = 0
+    """One fp32 number for each that the optimizer updates here; part of nothing above."""
     buffers: int = 0
     """The largest buffers of a reduction or of FSDP2's gathered layers."""
 
@@ -81,6 +83,8 @@ class _Sizes(NamedTuple):
     elements: int
     own: int
     """Elements of the rows whose optimizer state is here."""
+    shared: int
+    """Of these, elements that other ranks of tensor or pipeline parallelism hold as well."""
     largest: int
     """Elements of the largest rank's rows: what travels in collectives."""
     width: int
@@ -99,6 +103,7 @@ def state_bytes(rank: PaperRank) -> StateBytes:
     wide_layers: Counter[str] = Counter()
     for sizes in _sizes(rank):
         found.parameters[part_of(sizes.name)] += sizes.elements
+        found.updated += sizes.own * sizes.wide
         is_mixed = sizes.width < sizes.wide
         is_sharded = is_fsdp and is_mixed
         if is_sharded:  # FSDP2 keeps wide shards, which are the master weights
@@ -146,6 +151,17 @@ def data_parallel_bytes(rank: PaperRank) -> Counter[tuple[str, str]]:
     return found
 
 
+def partial_sum_bytes(rank: PaperRank) -> Counter[tuple[str, str]]:
+    """(group, collective) -> bytes sent per step after that, where ranks hold the same rows and a part of their sum."""
+    found: Counter[tuple[str, str]] = Counter()
+    for sizes in _sizes(rank):
+        name = rank.placed[sizes.name].sum_over
+        copies = 1 if name is None else group_size(rank.mesh.group(name))
+        if name is not None and copies > 1:
+            found[name, "all_reduce"] += 2 * sizes.shared * sizes.wide * (copies - 1) / copies  # type: ignore[assignment]
+    return found
+
+
 def _sizes(rank: PaperRank) -> list[_Sizes]:
     config = rank.config
     shardings = sharding_of(config.parallel, rank.mesh), expert_sharding_of(config.parallel, rank.mesh)
@@ -157,5 +173,8 @@ def _sizes(rank: PaperRank) -> list[_Sizes]:
         first, last = sharding.rows(length)
         largest = -(-length // sharding.shards) * row
         own = (last - first) * row
-        found.append(_Sizes(name, parameter.numel(), own, largest, parameter.element_size(), wide, sharding))
+        width = parameter.element_size()
+        box = (first, *[0] * (parameter.dim() - 1)), parameter.detach()[first:last]
+        shared = sum(values.numel() for piece, _, values in placement.overlaps(box) if piece.holders > 1)
+        found.append(_Sizes(name, parameter.numel(), own, shared, largest, width, wide, sharding))
     return found

@@ -16,6 +16,7 @@ from megatron_hc.outputs import replace_file
 AXIS_NAMES = {
     **{"tp": "tensor parallel", "cp": "context parallel", "pp": "pipeline parallel", "dp": "data parallel"},
     **{"dp_cp": "data and context parallel", "experts": "expert parallel"},
+    "embedding": "the tied table's gradient, between the first and the last stage",
 }
 SECONDS_PER_DAY = 86_400
 

@@ -13,7 +13,7 @@ from parity import VOCAB, Cell, RandomSamples
 from megatron_hc import train
 from megatron_hc.cli import parse
 from megatron_hc.data.loader import build_loader
-from megatron_hc.estimate.memory import data_parallel_bytes, state_bytes
+from megatron_hc.estimate.memory import data_parallel_bytes, partial_sum_bytes, state_bytes
 from megatron_hc.estimate.paper import PaperRank
 from megatron_hc.estimate.simulate import simulate
 from megatron_hc.estimate.trace import trace
@@ -25,6 +25,7 @@ TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
 LLAMA = "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2"
 COUNTED = ("tp", "cp", "kv", "dp", "dp_cp", "dp_cp_shard", "dp_cp_replica", "experts", "etp", "edp", "tp_cp", "stage")
+COUNTED += ("embedding",)
 CP2 = "--context-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 MANY = "--global-batch-size 16"
@@ -51,6 +52,9 @@ CELLS = {
         world_size=4,
     ),
     "pp2-1f1b": Cell("--num-layers 4 --residual-connection attention", PP2, world_size=2, batch=MANY),
+    "pp2-tp2-sp": Cell(
+        f"--num-layers 4 --residual-connection hyper {LLAMA}", f"{PP2} {TP2} {SP}", world_size=4, batch=MANY
+    ),
     "pp2-interleaved": Cell(
         "--num-layers 4 --value-residual learnable",
         f"{PP2} --num-virtual-stages-per-pipeline-rank 2",
@@ -71,7 +75,7 @@ class Seen(NamedTuple):
     passes: Counter[tuple[str, str]]
     """Sent within its groups during forward and backward passes."""
     step: Counter[tuple[str, str]]
-    """Sent by data parallelism."""
+    """Sent for sums of gradients and for new weights."""
     messages: int
     """Sent to other stages."""
     waiting: int
@@ -100,10 +104,13 @@ def watched_step(cell: Cell) -> Seen | None:
     passes = sent.copy()
     sent.clear()
     run.optimizer.reduce_gradients()
+    reduced = sent.copy()
     gradients = _unique_bytes(
         t for slot in run.optimizer.slots for t in (slot.main_grad, slot.parameter.grad, slot.grad)
     )
-    run.optimizer.step(run.optimizer.grad_norm(), 0.0, 0.0)
+    norm = run.optimizer.grad_norm()
+    sent.clear()  # sums of a few numbers
+    run.optimizer.step(norm, 0.0, 0.0)
     slots = run.optimizer.slots
     return Seen(
         parameters=sum(slot.parameter.numel() for slot in slots),
@@ -113,7 +120,7 @@ def watched_step(cell: Cell) -> Seen | None:
             slot.exp_avg.nbytes + slot.exp_avg_sq.nbytes + slot.is_apart * slot.master.nbytes for slot in slots
         ),
         passes=passes,
-        step=sent,
+        step=reduced + sent,
         messages=run.pipeline.sent_bytes,
         waiting=waiting,
     )
@@ -182,6 +189,6 @@ def test_on_paper(pool: pools.Pool, name: str) -> None:
                     expected[key] += number * count
         assert expected == real.passes
         reductions = data_parallel_bytes(rank)
-        assert bool(reductions) == (cell.world_size > layout.size)
-        assert {key: real.step[key] for key in reductions} == dict(reductions)
+        assert bool(reductions) == (cell.world_size > layout.size * config.parallel.tensor_model_parallel_size)
+        assert real.step == reductions + partial_sum_bytes(rank)
         assert played.peak_micro_batches[process] == real.waiting

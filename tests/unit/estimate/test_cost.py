@@ -15,6 +15,7 @@ from megatron_hc.cli import parse
 from megatron_hc.config import TrainConfig
 from megatron_hc.estimate.cost import PassSeconds, Roofline, passes_of
 from megatron_hc.estimate.hardware import Hardware
+from megatron_hc.estimate.memory import state_bytes
 from megatron_hc.estimate.paper import PaperRank
 from megatron_hc.estimate.trace import Pass, StageTrace
 
@@ -73,6 +74,11 @@ HEADS = 2 * (4 + 2) * 16
         ("--context-parallel-size 2", 2, 32 * (2 * HEADS + 3 * 192)),
         # 3 experts of 16 for each token, whose 64 channels go there and back, read and written
         ("--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 3", 1, 64 * (2 * HEADS + 3 * (3 * 16 + 4 * 64))),
+        (
+            "--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 3 --moe-shared-expert-intermediate-size 40",
+            1,
+            64 * (2 * HEADS + 3 * (3 * 16 + 4 * 64 + 40)),
+        ),
         (
             f"--num-experts 4 --moe-ffn-hidden-size 16 --moe-router-topk 3 {TP2} {SP}",
             2,
@@ -151,6 +157,7 @@ def rank_of(flags: str, world_size: int) -> tuple[TrainConfig, PaperRank]:
     [
         (LAYOUT, 8, ("tp", "kv", "dp", "dp_cp"), ()),
         (LAYOUT, 16, ("tp", "kv"), ("dp", "dp_cp", "dp_cp_shard")),
+        (LAYOUT, 8, ("dp",), ("embedding",)),
         (f"{LAYOUT} --context-parallel-size 2", 16, ("tp", "cp", "tp_cp"), ("dp_cp",)),
         (f"{LAYOUT.replace(' 2', ' 4', 1)} --group-query-attention --num-query-groups 4", 16, ("tp", "kv"), ("dp",)),
         (
@@ -188,10 +195,22 @@ def test_messages_between_stages(world_size: int, rate: int) -> None:
     assert Roofline(config, HARDWARE, world_size).message_seconds(10**6) == pytest.approx(1e6 / (rate * 0.75e9))
 
 
-def test_the_optimizer() -> None:
-    """Of each parameter 12 bytes read and written, 4 of the gradient read and 2 of the weight written."""
-    config, _ = rank_of("", 1)
-    assert Roofline(config, HARDWARE, 1).optimizer_seconds(12_000, 2_000) == pytest.approx(30_000 / MEMORY)
+@pytest.mark.parametrize(
+    ("flags", "moved"),
+    [
+        ("", 30),  # 12 bytes read and written, 4 of the gradient read and 2 of the weight written
+        ("--no-bf16", 28),  # 12 read and written, the weight among them, and 4 of the gradient read
+        ("--optimizer-cpu-offload", 2),
+    ],
+)
+def test_the_optimizer(flags: str, moved: int) -> None:
+    """Bytes of each parameter; norms, which are fp32 throughout, have 28 of their own."""
+    config, rank = rank_of(flags, 1)
+    norms = 9 * 64
+    numbers = sum(parameter.numel() for _, parameter, _ in rank.parameters())
+    found = Roofline(config, HARDWARE, 1).optimizer_seconds(state_bytes(rank))
+    wide = 4 if "offload" in flags else 28
+    assert found == pytest.approx((moved * (numbers - norms) + wide * norms) / MEMORY)
 
 
 def test_passes_of_a_schedule() -> None:
