@@ -56,7 +56,7 @@ def counted() -> Iterator[list[str]]:
 
 
 def run(
-    form: dict, precision: str, norm: str, monkeypatch: pytest.MonkeyPatch, fused: bool, **model_fields: bool
+    form: dict, precision: str, norm: str, monkeypatch: pytest.MonkeyPatch, fused: bool, **model_fields: Any
 ) -> tuple[Tensor, dict]:
     """Hidden states, and every parameter's gradient. The number of fused reads is asserted: nothing falls back."""
     monkeypatch.setattr(LinearMix, "is_fused", lambda self, stream: fused)
@@ -111,6 +111,25 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def test_fp32(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     _, expected = run(form, "fp32", "RMSNorm", monkeypatch, fused=False)
     _, grads = run(form, "fp32", "RMSNorm", monkeypatch, fused=True)
+    assert distance(grads, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4], FORMS[6]], ids=ids)
+def test_a_norm_behind_the_boundary(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RMSNorm with a bias is a module of its own: the boundary ends with the read."""
+    names = check_float64(form, "RMSNorm", monkeypatch, rmsnorm_bias=True)
+    assert any(name.endswith("norm.bias") for name in names)
+
+
+@pytest.mark.parametrize("form", [FORMS[2], FORMS[4], FORMS[6]], ids=ids)
+def test_a_norm_behind_the_boundary_in_cpp(form: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        check_backend("cpp", torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error)[:200])
+    fields = {"rmsnorm_bias": True, "fused_residual_backend": "cpp"}
+    _, expected = run(form, "fp32", "RMSNorm", monkeypatch, fused=False, **fields)
+    _, grads = run(form, "fp32", "RMSNorm", monkeypatch, fused=True, **fields)
     assert distance(grads, expected) <= 2e-5
 
 
