@@ -263,9 +263,11 @@ def build_tokenizer(
 
 def tokenizer_of(data: DataConfig, tokenizer_model: str | None = None) -> Tokenizer:
     """The tokenizer of a run; ``tokenizer_model``: where its file is now, if it has moved."""
+    # Runs were once begun with a file that their tokenizer does not read: their checkpoints are as good as others.
+    stored = None if data.tokenizer_type in ("ByteTokenizer", "NullTokenizer") else data.tokenizer_model
     return build_tokenizer(
         data.tokenizer_type,
-        tokenizer_model or data.tokenizer_model,
+        tokenizer_model or stored,
         data.vocab_size,
         tiktoken_pattern=data.tiktoken_pattern,
         tiktoken_num_special_tokens=data.tiktoken_num_special_tokens,

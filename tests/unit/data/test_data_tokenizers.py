@@ -356,6 +356,10 @@ def test_flags_are_refused() -> None:
     for kind in ("ByteTokenizer", "NullTokenizer"):
         with pytest.raises(ValueError, match=rf"--tokenizer-model \(x\) is not read with --tokenizer-type {kind}"):
             build_tokenizer(kind, "x", None if kind == "ByteTokenizer" else 8)
+    stored = DataConfig(tokenizer_type="ByteTokenizer", mock_data=True, tokenizer_model="x")
+    assert tokenizer_of(stored).vocab_size == 257, "of an older checkpoint"
+    with pytest.raises(ValueError, match=r"--tokenizer-model \(y\) is not read with"):
+        tokenizer_of(stored, "y")
     with pytest.raises(ValueError, match="--tiktoken-pattern needs --tokenizer-type TikTokenizer"):
         DataConfig(tokenizer_type="ByteTokenizer", mock_data=True, tiktoken_pattern="v1").validate()
     with pytest.raises(ValueError, match=r"--tiktoken-num-special-tokens \(3\) must be at least 7"):
