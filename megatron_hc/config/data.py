@@ -7,6 +7,18 @@ from typing import Literal
 
 from megatron_hc.config.common import flag, positive, require
 
+WITHOUT_MODEL = ("ByteTokenizer", "NullTokenizer")
+"""Kinds of tokenizers that read no file."""
+
+
+def check_model_is_read(tokenizer_type: str | None, tokenizer_model: str | None) -> None:
+    """Refuse (``ValueError``) a file that is named, and so meant to be read, beside a tokenizer that reads none."""
+    require(
+        tokenizer_model is None or tokenizer_type not in WITHOUT_MODEL,
+        f"--tokenizer-model ({tokenizer_model}) is not read with --tokenizer-type {tokenizer_type}: "
+        "leave it out, or give the type of that file",
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -80,11 +92,7 @@ class DataConfig:
             require(
                 self.tokenizer_model is not None, f"--tokenizer-type {self.tokenizer_type} needs --tokenizer-model"
             )
-        require(
-            self.tokenizer_model is None or self.tokenizer_type not in ("ByteTokenizer", "NullTokenizer"),
-            f"--tokenizer-model ({self.tokenizer_model}) is not read with --tokenizer-type {self.tokenizer_type}: "
-            "leave it out, or give the type of that file",
-        )
+        check_model_is_read(self.tokenizer_type, self.tokenizer_model)
         require(
             self.tiktoken_pattern is None or self.tokenizer_type == "TikTokenizer",
             f"--tiktoken-pattern needs --tokenizer-type TikTokenizer, not {self.tokenizer_type}",

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_hc.config import DataConfig
+from megatron_hc.config.data import WITHOUT_MODEL, check_model_is_read
 from megatron_hc.data.tokenizer_bpe import PATTERNS, HuggingFaceTokenizer, TikTokenizer
 from megatron_hc.data.tokenizer_text import Ids, fingerprint_of, valid_unicode
 
@@ -167,17 +168,7 @@ def _model(options: _Options) -> str:
     return options.tokenizer_model
 
 
-def _without_model(options: _Options) -> None:
-    """A file that is named is meant to be read: the type beside it is the wrong one."""
-    if options.tokenizer_model is not None:
-        raise ValueError(
-            f"--tokenizer-model ({options.tokenizer_model}) is not read with --tokenizer-type "
-            f"{options.tokenizer_type}: leave it out, or give the type of that file"
-        )
-
-
 def _byte(options: _Options) -> Tokenizer:
-    _without_model(options)
     if options.vocab_size is not None:
         raise ValueError(
             f"--vocab-size ({options.vocab_size}) does not go with --tokenizer-type ByteTokenizer, which has "
@@ -187,7 +178,6 @@ def _byte(options: _Options) -> Tokenizer:
 
 
 def _null(options: _Options) -> Tokenizer:
-    _without_model(options)
     if options.vocab_size is None or options.vocab_size < 1:
         raise ValueError(f"--tokenizer-type NullTokenizer needs a positive --vocab-size, not {options.vocab_size}")
     return NullTokenizer(options.vocab_size)
@@ -250,6 +240,7 @@ def build_tokenizer(
             f"--parse-special-tokens goes with HuggingFaceTokenizer and TikTokenizer: a {tokenizer_type} has no "
             "special tokens to find in a text"
         )
+    check_model_is_read(tokenizer_type, tokenizer_model)
     options = _Options(
         tokenizer_type=tokenizer_type,
         tokenizer_model=tokenizer_model,
@@ -264,7 +255,7 @@ def build_tokenizer(
 def tokenizer_of(data: DataConfig, tokenizer_model: str | None = None) -> Tokenizer:
     """The tokenizer of a run; ``tokenizer_model``: where its file is now, if it has moved."""
     # Runs were once begun with a file that their tokenizer does not read: their checkpoints are as good as others.
-    stored = None if data.tokenizer_type in ("ByteTokenizer", "NullTokenizer") else data.tokenizer_model
+    stored = None if data.tokenizer_type in WITHOUT_MODEL else data.tokenizer_model
     return build_tokenizer(
         data.tokenizer_type,
         tokenizer_model or stored,

@@ -131,7 +131,7 @@ class Roofline:
 
     def bandwidth(self, group: str, rank: PaperRank) -> float:
         """Bytes per second that a rank sends within a group: over the network where it spans nodes."""
-        hardware, mesh = self.hardware, rank.mesh
+        mesh = rank.mesh
         tp = mesh.size("tp")
         block = mesh.experts.ranks * mesh.experts.parts
         spans = {
@@ -143,15 +143,17 @@ class Roofline:
             "etp": mesh.experts.parts,
             "experts": block,
         }.get(group, self.world_size // mesh.size("pp"))
-        rate = hardware.node_gb_s if spans <= hardware.gpus_per_node else hardware.network_gb_s
+        return self._rate(spans)
+
+    def _rate(self, span: int) -> float:
+        """Bytes per second between ranks of ``span`` neighbours."""
+        hardware = self.hardware
+        rate = hardware.node_gb_s if span <= hardware.gpus_per_node else hardware.network_gb_s
         return rate * 1e9 * hardware.network_efficiency
 
     def message_seconds(self, num_bytes: int) -> float:
         """Of what crosses into a stage."""
-        hardware, stage = self.hardware, self.world_size // self.config.parallel.pipeline_model_parallel_size
-        rate = hardware.node_gb_s if self.world_size <= hardware.gpus_per_node else hardware.network_gb_s
-        assert stage > 0
-        return num_bytes / (rate * 1e9 * hardware.network_efficiency)
+        return num_bytes / self._rate(self.world_size)
 
     def optimizer_seconds(self, state: StateBytes) -> float:
         """Read and write master weights and moments, read gradients, write weights; of state in CPU memory the last."""

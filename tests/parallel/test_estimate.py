@@ -24,8 +24,10 @@ from megatron_hc.parallel.collectives import CountedGroup
 TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
 LLAMA = "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2"
-COUNTED = ("tp", "cp", "kv", "dp", "dp_cp", "dp_cp_shard", "dp_cp_replica", "experts", "etp", "edp", "tp_cp", "stage")
-COUNTED += ("embedding",)
+COUNTED = (
+    "tp", "cp", "kv", "tp_cp", "dp", "dp_cp", "dp_cp_shard", "dp_cp_replica",
+    "experts", "etp", "edp", "stage", "embedding",
+)  # fmt: skip
 CP2 = "--context-parallel-size 2"
 PP2 = "--pipeline-model-parallel-size 2"
 MANY = "--global-batch-size 16"

@@ -157,6 +157,9 @@ class Residual(nn.Module):
 
     def fold(self, stream: Tensor, output: Tensor, mix: Mix | None) -> Tensor:
         """The stream with a sublayer's output [B, S, C] in it."""
+        if self.config.stream_factor == 1:
+            return output.unsqueeze(2) + stream
+        # On a CPU torch.add would round the factor itself to bfloat16.
         dtype = torch.promote_types(output.dtype, stream.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         return torch.add(output.unsqueeze(2).to(wide), stream.to(wide), alpha=self.config.stream_factor).to(dtype)
